@@ -1,0 +1,74 @@
+#include "formulas.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/zeros.h>
+
+#include <vector>
+
+namespace mhmatmul::formulas {
+namespace {
+
+// [..., nh, x] -> [nh, rows, x]
+Tensor heads_first(const Tensor& tensor) {
+  SymInt rows = 1;
+  for (const auto& size : tensor.sym_sizes().slice(0, tensor.dim() - 2)) rows = rows * size;
+  return tensor.reshape_symint({rows, tensor.sym_size(-2), tensor.sym_size(-1)}).transpose(0, 1);
+}
+
+// Rows whose index is -1, as [t, 1, 1] to mask rows [t, nh, x].
+Tensor is_padding(const Tensor& indices) { return indices.lt(0).unsqueeze(-1).unsqueeze(-1); }
+
+// Rows of input by index, zeros for -1.
+Tensor gather(const Tensor& input, const Tensor& indices) {
+  if (input.sym_size(0) == 0)
+    return input.new_zeros_symint({indices.sym_size(0), input.sym_size(1), input.sym_size(2)});
+  return input.index_select(0, indices.clamp_min(0)).masked_fill(is_padding(indices), 0);
+}
+
+}  // namespace
+
+Tensor head_matmul(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  Tensor output = at::bmm(heads_first(input), weight);
+  if (bias) output = output.add(bias->unsqueeze(1));
+  std::vector<SymInt> sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  sizes.back() = weight.sym_size(2);
+  return output.transpose(0, 1).reshape_symint(sizes);
+}
+
+Tensor head_matmul_wgrad(const Tensor& grad_output, const Tensor& input) {
+  return at::bmm(heads_first(input).transpose(1, 2), heads_first(grad_output));
+}
+
+std::tuple<Tensor, Tensor> head_matmul_backward(const Tensor& grad_output, const Tensor& input,
+                                                const Tensor& weight) {
+  return {head_matmul(grad_output, weight.transpose(1, 2), std::nullopt), head_matmul_wgrad(grad_output, input)};
+}
+
+Tensor gather_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices,
+                          const OptionalTensor& bias) {
+  return head_matmul(gather(input, indices), weight, bias).masked_fill(is_padding(indices), 0);
+}
+
+Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m) {
+  const Tensor rows = head_matmul(grad_output.masked_fill(is_padding(indices), 0), weight.transpose(1, 2),
+                                  std::nullopt)
+                          .masked_fill(is_padding(indices), 0);
+  const auto sum_dtype = at::toOpMathType(rows.scalar_type());
+  const Tensor zeros =
+      at::zeros_symint({m, rows.sym_size(1), rows.sym_size(2)}, rows.options().dtype(sum_dtype));
+  if (m == 0) return zeros.to(rows.scalar_type());
+  return zeros.index_add(0, indices.clamp_min(0), rows.to(sum_dtype)).to(rows.scalar_type());
+}
+
+Tensor gather_head_matmul_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
+  return head_matmul_wgrad(grad_output.masked_fill(is_padding(indices), 0), gather(input, indices));
+}
+
+std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output, const Tensor& input,
+                                                       const Tensor& weight, const Tensor& indices) {
+  return {gather_head_matmul_dgrad(grad_output, weight, indices, input.sym_size(0)),
+          gather_head_matmul_wgrad(grad_output, input, indices)};
+}
+
+}  // namespace mhmatmul::formulas

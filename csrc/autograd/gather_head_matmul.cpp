@@ -1,0 +1,149 @@
+// Differentiating the gather family. With i = indices, rows r with i_r = -1 left out of every sum:
+//
+//   G: y_r = x[i_r] W + c                    gather_head_matmul(x, W, i, c)
+//   S: x_j = sum over r with i_r = j of g_r W^T     _gather_head_matmul_dgrad(g, W, i, m)
+//   K: W = sum over r of x[i_r]^T g_r        _gather_head_matmul_wgrad(g, x, i)
+//
+//   dG:  dx = S(dy, W, i),  dW = K(dy, x, i),  dc = sum over r of dy_r
+//   dS, for z the gradient that reaches it:  dg = G(z, W, i),  dW = K(g, z, i)
+//   dK, for z likewise:  dg = G(x, z, i),  dx = S(g, z, i)
+//
+// so the family is closed: every order of derivative uses the same kernels.
+#include "formulas.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace mhmatmul {
+namespace {
+
+using formulas::kept_if;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+struct GatherHeadMatmul : Function<GatherHeadMatmul> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& indices,
+                        const OptionalTensor& bias) {
+    ctx->save_for_backward(
+        {kept_if(weight.requires_grad(), input), kept_if(input.requires_grad(), weight), indices});
+    ctx->saved_data["m"] = input.sym_size(0);
+    ctx->saved_data["has_bias"] = bias.has_value();
+    at::AutoDispatchBelowADInplaceOrView below;
+    return gather_head_matmul(input, weight, indices, bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Tensor& grad_output = grads[0];
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1], &indices = saved[2];
+    Tensor grad_input, grad_weight, grad_bias;
+    if (ctx->needs_input_grad(0) && ctx->needs_input_grad(1)) {
+      std::tie(grad_input, grad_weight) = gather_head_matmul_backward(grad_output, input, weight, indices);
+    } else if (ctx->needs_input_grad(0)) {
+      grad_input = gather_head_matmul_dgrad(grad_output, weight, indices, ctx->saved_data["m"].toSymInt());
+    } else if (ctx->needs_input_grad(1)) {
+      grad_weight = gather_head_matmul_wgrad(grad_output, input, indices);
+    }
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3))
+      grad_bias = grad_output.masked_fill(indices.lt(0).unsqueeze(-1).unsqueeze(-1), 0).sum(0);
+    return {grad_input, grad_weight, Tensor(), grad_bias};
+  }
+};
+
+struct GatherHeadMatmulDgrad : Function<GatherHeadMatmulDgrad> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& weight,
+                        const Tensor& indices, const SymInt& m) {
+    ctx->save_for_backward(
+        {kept_if(weight.requires_grad(), grad_output), kept_if(grad_output.requires_grad(), weight), indices});
+    at::AutoDispatchBelowADInplaceOrView below;
+    return gather_head_matmul_dgrad(grad_output, weight, indices, m);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Tensor& z = grads[0];
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &grad_output = saved[0], &weight = saved[1], &indices = saved[2];
+    Tensor grad_grad_output, grad_weight;
+    if (ctx->needs_input_grad(0)) grad_grad_output = gather_head_matmul(z, weight, indices, std::nullopt);
+    if (ctx->needs_input_grad(1)) grad_weight = gather_head_matmul_wgrad(grad_output, z, indices);
+    return {grad_grad_output, grad_weight, Tensor(), Tensor()};
+  }
+};
+
+struct GatherHeadMatmulWgrad : Function<GatherHeadMatmulWgrad> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
+                        const Tensor& indices) {
+    ctx->save_for_backward(
+        {kept_if(input.requires_grad(), grad_output), kept_if(grad_output.requires_grad(), input), indices});
+    ctx->saved_data["m"] = input.sym_size(0);
+    at::AutoDispatchBelowADInplaceOrView below;
+    return gather_head_matmul_wgrad(grad_output, input, indices);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Tensor& z = grads[0];
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &grad_output = saved[0], &input = saved[1], &indices = saved[2];
+    Tensor grad_grad_output, grad_input;
+    if (ctx->needs_input_grad(0)) grad_grad_output = gather_head_matmul(input, z, indices, std::nullopt);
+    if (ctx->needs_input_grad(1))
+      grad_input = gather_head_matmul_dgrad(grad_output, z, indices, ctx->saved_data["m"].toSymInt());
+    return {grad_grad_output, grad_input, Tensor()};
+  }
+};
+
+Tensor gather_head_matmul_autograd(const Tensor& input, const Tensor& weight, const Tensor& indices,
+                                   const OptionalTensor& bias) {
+  if (formulas::needed(input, weight, bias)) return formulas::gather_head_matmul(input, weight, indices, bias);
+  if (formulas::recorded(input, weight, bias)) return GatherHeadMatmul::apply(input, weight, indices, bias);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return gather_head_matmul(input, weight, indices, bias);
+}
+
+Tensor gather_head_matmul_dgrad_autograd(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
+                                         SymInt m) {
+  if (formulas::needed(grad_output, weight))
+    return formulas::gather_head_matmul_dgrad(grad_output, weight, indices, std::move(m));
+  if (formulas::recorded(grad_output, weight))
+    return GatherHeadMatmulDgrad::apply(grad_output, weight, indices, m);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return gather_head_matmul_dgrad(grad_output, weight, indices, std::move(m));
+}
+
+Tensor gather_head_matmul_wgrad_autograd(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
+  if (formulas::needed(grad_output, input)) return formulas::gather_head_matmul_wgrad(grad_output, input, indices);
+  if (formulas::recorded(grad_output, input)) return GatherHeadMatmulWgrad::apply(grad_output, input, indices);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return gather_head_matmul_wgrad(grad_output, input, indices);
+}
+
+std::tuple<Tensor, Tensor> gather_head_matmul_backward_autograd(const Tensor& grad_output, const Tensor& input,
+                                                                const Tensor& weight, const Tensor& indices) {
+  if (formulas::needed(grad_output, input, weight))
+    return formulas::gather_head_matmul_backward(grad_output, input, weight, indices);
+  if (formulas::recorded(grad_output, input, weight))
+    return {gather_head_matmul_dgrad(grad_output, weight, indices, input.sym_size(0)),
+            gather_head_matmul_wgrad(grad_output, input, indices)};
+  at::AutoDispatchBelowADInplaceOrView below;
+  return gather_head_matmul_backward(grad_output, input, weight, indices);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mhmatmul, Autograd, m) {
+  m.impl("gather_head_matmul", gather_head_matmul_autograd);
+  m.impl("_gather_head_matmul_dgrad", gather_head_matmul_dgrad_autograd);
+  m.impl("_gather_head_matmul_wgrad", gather_head_matmul_wgrad_autograd);
+  m.impl("_gather_head_matmul_backward", gather_head_matmul_backward_autograd);
+}
+
+TORCH_LIBRARY_IMPL(mhmatmul, FuncTorchBatched, m) {
+  m.impl("gather_head_matmul", formulas::gather_head_matmul);
+  m.impl("_gather_head_matmul_dgrad", formulas::gather_head_matmul_dgrad);
+  m.impl("_gather_head_matmul_wgrad", formulas::gather_head_matmul_wgrad);
+  m.impl("_gather_head_matmul_backward", formulas::gather_head_matmul_backward);
+}
+
+}  // namespace mhmatmul

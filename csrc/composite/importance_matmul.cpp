@@ -1,0 +1,83 @@
+// Importance matmul = selection, then the gathered matmul of the selected rows.
+#include "../checks.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/full.h>
+#include <torch/library.h>
+
+namespace mhmatmul {
+namespace {
+
+constexpr std::string_view kName = "matmul_with_importance";
+
+// [b, s, h] -> [b * s, nh, hd]
+Tensor split_input(const Tensor& input, const HeadSizes& sizes) {
+  return input.reshape_symint({input.sym_size(0) * input.sym_size(1), sizes.nh, sizes.hd});
+}
+Tensor split_weight(const Tensor& weight, const HeadSizes& sizes) {
+  return weight.unflatten_symint(0, {sizes.nh, sizes.hd});
+}
+
+std::tuple<Tensor, Tensor> select(const Tensor& probs, const Tensor& top_p, const std::optional<SymInt>& top_k,
+                                  const std::optional<SymInt>& capacity) {
+  return capacity ? select_important_static(probs, top_p, top_k, *capacity)
+                  : select_important_tensor(probs, top_p, top_k);
+}
+
+std::tuple<Tensor, Tensor, Tensor> importance_matmul_composite(const Tensor& input, const Tensor& weight,
+                                                               const Tensor& probs, SymInt num_heads, double top_p,
+                                                               std::optional<SymInt> top_k) {
+  const auto sizes = check_importance_matmul(kName, input, weight, probs, num_heads);
+  check_select(kName, probs, top_p, std::nullopt, top_k);
+  const auto [indices, cu_seqlens] = select_important(probs, top_p, top_k);
+  return {gather_head_matmul(split_input(input, sizes), split_weight(weight, sizes), indices, std::nullopt),
+          indices, cu_seqlens};
+}
+
+std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor_composite(
+    const Tensor& input, const Tensor& weight, const Tensor& probs, SymInt num_heads, const Tensor& top_p,
+    std::optional<SymInt> top_k, std::optional<SymInt> capacity) {
+  const auto sizes = check_importance_matmul(kName, input, weight, probs, num_heads);
+  check_select(kName, probs, std::nullopt, top_p, top_k, capacity);
+  const auto [indices, offsets] = select(probs, top_p, top_k, capacity);
+  Tensor output = gather_head_matmul(split_input(input, sizes), split_weight(weight, sizes),
+                                     indices.reshape({-1}), std::nullopt);
+  if (capacity) output = output.unflatten_symint(0, {input.sym_size(0), *capacity});
+  return {output, indices, offsets};
+}
+
+std::tuple<Tensor, Tensor, Tensor> importance_matmul_grads_composite(
+    const Tensor& input, const Tensor& weight, const Tensor& probs, const Tensor& grad_output, SymInt num_heads,
+    const Tensor& top_p, std::optional<SymInt> top_k, std::optional<SymInt> capacity) {
+  const auto sizes = check_importance_matmul(kName, input, weight, probs, num_heads);
+  check_select(kName, probs, std::nullopt, top_p, top_k, capacity);
+  check_importance_grad(kName, grad_output, input, capacity.has_value(), sizes, {});
+
+  at::NoGradGuard no_grad;
+  const auto indices = std::get<0>(select(probs, top_p, top_k, capacity));
+  check_importance_grad(kName, grad_output, input, capacity.has_value(), sizes, indices.sym_sizes());
+
+  const Tensor rows = split_input(input, sizes), heads = split_weight(weight, sizes);
+  const Tensor flat_indices = indices.reshape({-1});
+  Tensor output = gather_head_matmul(rows, heads, flat_indices, std::nullopt);
+  auto [grad_input, grad_weight] = gather_head_matmul_backward(
+      grad_output.reshape_symint({flat_indices.sym_size(0), sizes.nh, sizes.e}), rows, heads, flat_indices);
+  if (capacity) output = output.unflatten_symint(0, {input.sym_size(0), *capacity});
+  return {output, grad_input.view_symint(input.sym_sizes()), grad_weight.view_symint(weight.sym_sizes())};
+}
+
+Tensor threshold(std::string_view op, const Tensor& probs, double top_p) {
+  check_select(op, probs, top_p, std::nullopt, std::nullopt);
+  return at::full({}, top_p, probs.options());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {
+  m.impl("importance_matmul", importance_matmul_composite);
+  m.impl("_importance_matmul_tensor", importance_matmul_tensor_composite);
+  m.impl("_importance_matmul_grads", importance_matmul_grads_composite);
+  m.impl("_threshold", threshold);
+}
+
+}  // namespace mhmatmul

@@ -1,0 +1,59 @@
+#include "../checks.h"
+#include "head_gemm.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+namespace mhmatmul {
+namespace {
+
+// [..., nh, x] -> [rows, nh, x]
+Tensor flatten_rows(const Tensor& tensor) {
+  return tensor.dim() == 2 ? tensor.unsqueeze(0) : tensor.flatten(0, -3);
+}
+
+Tensor head_matmul_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  check_head_matmul("head_matmul", input, weight, bias);
+  auto sizes = input.sizes().vec();
+  sizes.back() = weight.size(2);
+  Tensor output = at::empty(sizes, input.options());
+  cpu::forward(cpu::Rows(flatten_rows(input)), weight, bias, flatten_rows(output));
+  return output;
+}
+
+void head_matmul_out_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Tensor& out) {
+  check_head_matmul("head_matmul", input, weight, bias, std::nullopt, out);
+  at::assert_no_internal_overlap(out);
+  at::assert_no_overlap(out, input);
+  at::assert_no_overlap(out, weight);
+  if (bias) at::assert_no_overlap(out, *bias);
+  const Tensor rows = flatten_rows(out);  // a copy where the leading dimensions do not collapse
+  cpu::forward(cpu::Rows(flatten_rows(input)), weight, bias, rows);
+  if (!rows.is_alias_of(out)) out.copy_(rows.view(out.sizes()));
+}
+
+Tensor head_matmul_wgrad_cpu(const Tensor& grad_output, const Tensor& input) {
+  check_head_matmul_backward("_head_matmul_wgrad", grad_output, input, std::nullopt);
+  return cpu::wgrad(flatten_rows(grad_output), cpu::Rows(flatten_rows(input)));
+}
+
+std::tuple<Tensor, Tensor> head_matmul_backward_cpu(const Tensor& grad_output, const Tensor& input,
+                                                    const Tensor& weight) {
+  check_head_matmul_backward("_head_matmul_backward", grad_output, input, weight);
+  Tensor grad_input = at::empty(input.sizes(), input.options());
+  cpu::forward(cpu::Rows(flatten_rows(grad_output)), weight.transpose(1, 2), std::nullopt,
+               flatten_rows(grad_input));
+  return {grad_input, cpu::wgrad(flatten_rows(grad_output), cpu::Rows(flatten_rows(input)))};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mhmatmul, CPU, m) {
+  m.impl("head_matmul", head_matmul_cpu);
+  m.impl("_head_matmul_out", head_matmul_out_cpu);
+  m.impl("_head_matmul_wgrad", head_matmul_wgrad_cpu);
+  m.impl("_head_matmul_backward", head_matmul_backward_cpu);
+}
+
+}  // namespace mhmatmul

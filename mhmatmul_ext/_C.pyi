@@ -1,0 +1,13 @@
+from typing import TypedDict
+
+class BuildConfig(TypedDict):
+    torch: str
+    cuda: str | None
+    cuda_architectures: str
+    cpu_only_because: str
+    compiler: str
+
+def build_config() -> BuildConfig: ...
+def bind(path: str) -> None: ...
+def cpu_half_path() -> str: ...
+def set_cpu_half_path(name: str) -> None: ...

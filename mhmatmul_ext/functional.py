@@ -1,0 +1,238 @@
+"""The public functions. Each checks the types of its arguments and calls one operator of `torch.ops.mhmatmul`.
+
+Sizes: `b` sequences, `s` positions, `h` hidden size, `nh` heads, `hd = h / nh`, `e` embed size, `t` kept tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_ops = torch.ops.mhmatmul
+
+Result = tuple[Tensor, "Tensor | None", "Tensor | None"]
+
+
+def matmul_with_multi_head(
+    input: Tensor,  # [..., h]
+    weight: Tensor,  # [h, e]
+    num_heads: int = 1,
+    *,
+    bias: Tensor | None = None,  # [nh, e]
+    out: Tensor | None = None,  # [..., nh, e]
+) -> Tensor:
+    """Multiply each head of `input` by its own rows of `weight`.
+
+    The result is `[..., nh, e]`, contiguous in that order: every element is written once, where it belongs, with no
+    permutation and no copy afterwards. Half types accumulate in float32 and are rounded once, at the store.
+
+    Args:
+        input: `[..., h]`, any number of leading dimensions, any strides; float32, float16, bfloat16 or float64.
+        weight: `[h, e]`, of the input's dtype and device, any strides; head `n` owns rows `n*hd` to `(n+1)*hd`.
+        num_heads: how many heads `h` is split into; a divisor of `h`.
+        bias: `[nh, e]`, added before the rounding.
+        out: where to write, `[..., nh, e]` with stride 1 in the last dimension; it is returned. Not differentiable.
+
+    Raises:
+        TypeError: an argument of the wrong type, a dtype not taken, operands of two dtypes.
+        ValueError: a wrong rank, shape or `num_heads`.
+        RuntimeError: operands on different devices; `out` where gradients are recorded.
+
+    Equivalent in plain PyTorch::
+
+        torch.einsum("...nd,nde->...ne", input.unflatten(-1, (num_heads, -1)),
+                     weight.unflatten(0, (num_heads, -1))).contiguous()
+
+    Example:
+        >>> input, weight = torch.randn(2, 5, 8), torch.randn(8, 3)
+        >>> matmul_with_multi_head(input, weight, num_heads=4).shape
+        torch.Size([2, 5, 4, 3])
+
+    The operation is the absorbed projection of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section
+    2.1.2) and the block-diagonal linear layer of RG-LRU (Griffin, arXiv:2402.19427).
+    """
+    op = "matmul_with_multi_head"
+    _check_tensors(op, input=input, weight=weight)
+    _check_tensors(op, optional=True, bias=bias, out=out)
+    _check_ints(op, num_heads=num_heads)
+    if out is not None:
+        _ops._multi_head_matmul_out(input, weight, num_heads, bias, out=out)
+        return out
+    if bias is not None:
+        return cast("Tensor", _ops._multi_head_matmul_bias(input, weight, num_heads, bias))
+    return cast("Tensor", _ops.multi_head_matmul(input, weight, num_heads))
+
+
+def select_important(
+    probs: Tensor,  # [b, s]
+    top_p: float | Tensor = 1.0,
+    top_k: int | None = None,
+    *,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Find the tokens whose score reaches `top_p` and is among the `top_k` highest of their sequence.
+
+    The selection is exact, deterministic and the same on CPU and CUDA. Ties at the `top_k`-th score go to the lowest
+    positions. NaN is never kept and takes no place; -0.0 equals +0.0; infinities order as numbers.
+
+    Args:
+        probs: `[b, s]`, float32, float16, bfloat16 or float64, any real values.
+        top_p: a threshold in [0, 1] (not nucleus mass), rounded to the dtype of `probs` as `probs >= top_p` rounds
+            it; or a 0-d tensor, whose range is not checked, which causes no recompilation and no synchronisation.
+        top_k: how many tokens a sequence may keep, in [1, s]; None for `s`.
+        capacity: None, or a fixed number of places per sequence for a result whose size does not depend on data.
+
+    Returns:
+        Without `capacity`: `indices` `[t]` int64, `i*s + j` for each kept token, sequence after sequence, positions
+        ascending, and `cu_seqlens` `[b + 1]` int32, where each sequence's tokens begin. With `capacity=c`: `indices`
+        `[b, c]`, kept tokens first, padded with -1, and `counts` `[b]` int64, how many each sequence would keep; of a
+        sequence with more than `c`, the `c` best stay. Neither is differentiable.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: `probs` not `[b, s]`, `top_p` outside [0, 1] or NaN, `top_k` outside [1, s], a negative
+            `capacity`; more than 2^31 - 1 kept tokens.
+        RuntimeError: `top_p` a tensor on another accelerator than `probs`.
+
+    Equivalent in plain PyTorch (`reference.select_important` spells it out)::
+
+        order = probs.sort(dim=1, descending=True, stable=True).indices    # NaN aside
+        rank = torch.empty_like(order).scatter_(1, order, torch.arange(s).expand_as(order))
+        indices = ((probs >= top_p) & (rank < top_k)).flatten().nonzero().flatten()
+
+    Example:
+        >>> indices, cu_seqlens = select_important(torch.tensor([[0.9, 0.1, 0.8], [0.2, 0.7, 0.7]]), 0.5, top_k=1)
+        >>> indices.tolist(), cu_seqlens.tolist()
+        ([0, 4], [0, 1, 2])
+
+    Keeping a fixed number of the best tokens is Mixture-of-Depths (arXiv:2404.02258); keeping those above a threshold
+    is its causal form at inference.
+    """
+    op = "select_important"
+    _check_tensors(op, probs=probs)
+    _check_selection(op, top_p, top_k, capacity)
+    if capacity is not None:
+        return cast(
+            "tuple[Tensor, Tensor]",
+            _ops.select_important_static(probs, _threshold(op, probs, top_p), top_k, capacity),
+        )
+    if isinstance(top_p, Tensor):
+        return cast("tuple[Tensor, Tensor]", _ops._select_important_tensor(probs, top_p, top_k))
+    return cast("tuple[Tensor, Tensor]", _ops.select_important(probs, top_p, top_k))
+
+
+def matmul_with_importance(
+    input: Tensor,  # [b, s, h]
+    weight: Tensor,  # [h, e]
+    probs: Tensor,  # [b, s]
+    grad_output: Tensor | None = None,  # [t, nh, e]
+    num_heads: int = 1,
+    top_p: float | Tensor = 1.0,
+    top_k: int | None = None,
+    *,
+    capacity: int | None = None,
+) -> Result:
+    """Multi-head matmul of the tokens that `select_important` keeps, and on request its explicit gradients.
+
+    Each row of the output is the row that `matmul_with_multi_head` gives for that token. The output is
+    differentiable by `input` and `weight` as usual. Given `grad_output`, the gradients come back beside the output
+    and nothing else happens: no `.grad` is touched, no graph is kept, and it works under `torch.no_grad()` and
+    `torch.inference_mode()`.
+
+    Args:
+        input: `[b, s, h]`, any strides; float32, float16, bfloat16 or float64.
+        weight: `[h, e]`, of the input's dtype and device.
+        probs: `[b, s]` scores, of any floating dtype, on the input's device.
+        grad_output: gradient of the output, `[t, nh, e]` (`[b, capacity, nh, e]` with `capacity`).
+        num_heads: how many heads `h` is split into; a divisor of `h`.
+        top_p: threshold, as in `select_important`.
+        top_k: how many tokens a sequence may keep, as in `select_important`.
+        capacity: a fixed number of places per sequence, as in `select_important`; unused places are zero rows.
+
+    Returns:
+        `(output, grad_input, grad_weight)`: `output` `[t, nh, e]` in selection order, or `[b, capacity, nh, e]`;
+        `grad_input` `[b, s, h]`, zeros where a token is not kept, and `grad_weight` `[h, e]`, in the operands'
+        dtype, both None without `grad_output`.
+
+    Raises:
+        TypeError: an argument of the wrong type, a dtype not taken, operands of two dtypes.
+        ValueError: a wrong rank, shape, `num_heads`, `top_p`, `top_k` or `capacity`.
+        RuntimeError: operands on different devices.
+
+    Equivalent in plain PyTorch::
+
+        indices, _ = select_important(probs, top_p, top_k)
+        output = matmul_with_multi_head(input.flatten(0, 1)[indices], weight, num_heads)
+
+    Example:
+        >>> input, weight = torch.randn(2, 5, 4), torch.randn(4, 3)
+        >>> probs = torch.tensor([[0.9, 0.1, 0.8, 0.7, 0.2], [0.0, 0.1, 0.2, 0.3, 0.4]])
+        >>> output, _, _ = matmul_with_importance(input, weight, probs, num_heads=2, top_p=0.7, top_k=2)
+        >>> output.shape
+        torch.Size([2, 2, 3])
+
+    Source: the token routing of Mixture-of-Depths (arXiv:2404.02258), the sparsified tokens of DynamicViT
+    (arXiv:2106.02034).
+    """
+    op = "matmul_with_importance"
+    _check_tensors(op, input=input, weight=weight, probs=probs)
+    _check_tensors(op, optional=True, grad_output=grad_output)
+    _check_ints(op, num_heads=num_heads)
+    _check_selection(op, top_p, top_k, capacity)
+    if grad_output is not None:
+        threshold = _threshold(op, probs, top_p)
+        return cast(
+            "Result",
+            _ops._importance_matmul_grads(
+                input, weight, probs, grad_output, num_heads, threshold, top_k, capacity
+            ),
+        )
+    if capacity is not None or isinstance(top_p, Tensor):
+        threshold = _threshold(op, probs, top_p)
+        output = _ops._importance_matmul_tensor(input, weight, probs, num_heads, threshold, top_k, capacity)[0]
+    else:
+        output = _ops.importance_matmul(input, weight, probs, num_heads, top_p, top_k)[0]
+    return output, None, None
+
+
+def _threshold(op: str, probs: Tensor, top_p: float | Tensor) -> Tensor:
+    return top_p if isinstance(top_p, Tensor) else cast("Tensor", _ops._threshold(op, probs, top_p))
+
+
+# Types are checked here, values in C++ (csrc/checks.h): a wrong type never reaches an operator's schema.
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def _check(op: str, expected: str, accepts: Callable[[object], bool], optional: bool, values: dict[str, object]) -> None:
+    for name, value in values.items():
+        if not (accepts(value) or (optional and value is None)):
+            raise TypeError(f"{op}: {name} must be {expected}{' or None' if optional else ''}, got {_type_name(value)}")
+
+
+def _type_name(value: object) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _check_tensors(op: str, *, optional: bool = False, **values: object) -> None:
+    _check(op, "a Tensor", lambda value: isinstance(value, Tensor), optional, values)
+
+
+def _check_ints(op: str, *, optional: bool = False, **values: object) -> None:
+    _check(op, "an int", _is_int, optional, values)
+
+
+def _check_selection(op: str, top_p: object, top_k: object, capacity: object) -> None:
+    _check(op, "a number or a 0-d Tensor", lambda p: _is_number(p) or isinstance(p, Tensor), False, {"top_p": top_p})
+    _check_ints(op, optional=True, top_k=top_k, capacity=capacity)

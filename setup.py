@@ -1,0 +1,153 @@
+"""Builds the operators' library (no Python symbol in it) and `_C`, the small module that tells about it.
+
+Environment: FORCE_CUDA=1 demands the CUDA sources, FORCE_CUDA=0 leaves them out; without it they are built when nvcc
+and a torch with CUDA of the same major version are there. TORCH_CUDA_ARCH_LIST chooses architectures, else those of
+torch itself. torch is imported only when there is something to build, so that an sdist needs none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent
+OPERATORS = "mhmatmul_ext.libmhmatmul"  # built as mhmatmul_ext/libmhmatmul.so
+BUILD_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+# The same lists stand in CMakeLists.txt; tests/test_build.py compares them.
+CPU_SOURCES = ["*.cpp", "autograd/*.cpp", "composite/*.cpp", "cpu/*.cpp"]
+CUDA_SOURCES = ["cuda/*.cpp", "cuda/*.cu"]
+
+
+def find_cuda_home() -> str | None:
+    """The toolkit's folder; where nvcc is a wrapper script, the real compiler says where it lives."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home is None and (nvcc := shutil.which("nvcc")):
+        dry_run = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+        )
+        top = re.search(r"^#\$ TOP=(.*)$", dry_run.stderr, re.MULTILINE)
+        home = top.group(1) if top else str(Path(nvcc).resolve().parents[1])
+    return str(Path(home).resolve()) if home and (Path(home) / "bin" / "nvcc").exists() else None
+
+
+def toolkit_version(cuda_home: str) -> str:
+    text = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+\.\d+)", text)
+    if match is None:
+        raise SystemExit(f"cannot read the version of {cuda_home}/bin/nvcc from:\n{text}")
+    return match.group(1)
+
+
+def why_cpu_only(torch_cuda: str | None, cuda_home: str | None) -> str | None:
+    """One phrase for why the CUDA sources cannot or shall not be built; None when they will be."""
+    if os.environ.get("FORCE_CUDA") == "0":
+        return "FORCE_CUDA=0"
+    if torch_cuda is None:
+        return "this torch is built without CUDA"
+    if cuda_home is None:
+        return "no nvcc was found (PATH, CUDA_HOME)"
+    toolkit = toolkit_version(cuda_home)
+    if toolkit.split(".")[0] != torch_cuda.split(".")[0]:
+        return f"nvcc is of CUDA {toolkit}, torch of CUDA {torch_cuda}: their major versions differ"
+    return None
+
+
+def nvidia_folders(kind: str) -> list[str]:
+    """The `include` or `lib` folders of the nvidia packages that torch was installed with."""
+    import torch
+
+    return sorted(str(p) for p in (Path(torch.__file__).parents[1] / "nvidia").glob(f"*/{kind}") if p.is_dir())
+
+
+def cublas_link(cuda_home: str) -> dict[str, Any]:
+    """Link cuBLAS from the toolkit, or from torch's packages, which carry no unversioned libcublas.so."""
+    toolkit = [f"{cuda_home}/lib64", f"{cuda_home}/lib"]
+    if any(Path(folder, "libcublas.so").exists() for folder in toolkit):
+        return {"library_dirs": toolkit, "libraries": ["cublas"]}
+    for folder in nvidia_folders("lib"):
+        for library in sorted(Path(folder).glob("libcublas.so.*")):
+            return {"library_dirs": [folder], "extra_link_args": [f"-l:{library.name}"]}
+    raise SystemExit("cuBLAS was found neither in the CUDA toolkit nor in torch's nvidia packages")
+
+
+def build_arguments() -> dict[str, Any]:
+    cuda_home = find_cuda_home()
+    if cuda_home is not None:
+        os.environ["CUDA_HOME"] = cuda_home  # before torch.utils.cpp_extension makes its own guess
+
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    cpu_only_because = why_cpu_only(torch.version.cuda, cuda_home)
+    if cpu_only_because and os.environ.get("FORCE_CUDA") == "1":
+        raise SystemExit(f"FORCE_CUDA=1, but {cpu_only_because}")
+
+    architectures = ""
+    optimise = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    common: dict[str, Any] = {
+        "name": OPERATORS,
+        "py_limited_api": True,  # leaves libtorch_python out of the link
+        "include_dirs": [str(ROOT / "csrc")],
+    }
+    if cpu_only_because:
+        operators = CppExtension(sources=sources(*CPU_SOURCES), extra_compile_args=optimise, **common)
+    else:
+        assert cuda_home is not None
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            flags = re.findall(r"sm_(\d+?)(\d)\b", torch._C._cuda_getArchFlags())
+            os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{major}.{minor}" for major, minor in flags) + "+PTX"
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
+        link = cublas_link(cuda_home)
+        has_headers = Path(cuda_home, "include", "cublas_v2.h").exists()
+        common["include_dirs"] += [] if has_headers else nvidia_folders("include")
+        operators = CUDAExtension(
+            sources=sources(*CPU_SOURCES, *CUDA_SOURCES),
+            extra_compile_args={"cxx": optimise, "nvcc": ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]},
+            **common,
+            **link,
+        )
+
+    configuration = {
+        "MHMATMUL_TORCH_VERSION": torch.__version__,
+        "MHMATMUL_CUDA_VERSION": "" if cpu_only_because else torch.version.cuda,
+        "MHMATMUL_CUDA_ARCHITECTURES": architectures,
+        "MHMATMUL_CPU_ONLY_BECAUSE": cpu_only_because or "",
+    }
+    introspection = Extension(
+        "mhmatmul_ext._C",
+        sources(*["python/*.cpp"]),
+        include_dirs=[pybind11.get_include()],
+        define_macros=[(name, f'"{value}"') for name, value in configuration.items()],
+        extra_compile_args=["-O1", "-fvisibility=hidden"],
+    )
+
+    class BuildExt(BuildExtension):
+        def get_ext_filename(self, fullname: str) -> str:
+            """The operators' library is no Python module and carries no Python tag."""
+            filename = Path(super().get_ext_filename(fullname))
+            library = OPERATORS.rpartition(".")[2]
+            return str(filename.with_name(f"{library}.so") if filename.name.startswith(library) else filename)
+
+    print("mhmatmul_ext is built with:", flush=True)
+    print(f"  torch          {torch.__version__} in {Path(torch.__file__).parent}")
+    print(f"  CUDA           {f'no: {cpu_only_because}' if cpu_only_because else f'{torch.version.cuda} by {cuda_home}'}")
+    print(f"  architectures  {architectures or '-'}")
+    print(f"  sources        {len(operators.sources)} files", flush=True)
+    return {"ext_modules": [operators, introspection], "cmdclass": {"build_ext": BuildExt}}
+
+
+setup(**(build_arguments() if BUILD_COMMANDS & set(sys.argv) else {}))
