@@ -1,17 +1,12 @@
 #include "../checks.h"
+#include "../flatten.h"
 #include "head_gemm.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 namespace mhmatmul {
 namespace {
-
-// [..., nh, x] -> [rows, nh, x]
-Tensor flatten_rows(const Tensor& tensor) {
-  return tensor.dim() == 2 ? tensor.unsqueeze(0) : tensor.flatten(0, -3);
-}
 
 Tensor head_matmul_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   check_head_matmul("head_matmul", input, weight, bias);
@@ -24,10 +19,7 @@ Tensor head_matmul_cpu(const Tensor& input, const Tensor& weight, const Optional
 
 void head_matmul_out_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Tensor& out) {
   check_head_matmul("head_matmul", input, weight, bias, std::nullopt, out);
-  at::assert_no_internal_overlap(out);
-  at::assert_no_overlap(out, input);
-  at::assert_no_overlap(out, weight);
-  if (bias) at::assert_no_overlap(out, *bias);
+  check_no_overlap(input, weight, bias, out);
   const Tensor rows = flatten_rows(out);  // a copy where the leading dimensions do not collapse
   cpu::forward(cpu::Rows(flatten_rows(input)), weight, bias, rows);
   if (!rows.is_alias_of(out)) out.copy_(rows.view(out.sizes()));

@@ -1,0 +1,122 @@
+// One warp per row, all kernels; lanes run along the row, in the widest words that its size and address allow.
+#include "rows.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+namespace mhmatmul::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kRowsPerBlock = 8;
+
+dim3 block_shape() { return dim3(kWarp, kRowsPerBlock); }
+// Blocks stride over the rows, so their number only has to fill the chip.
+unsigned int blocks_for(int64_t rows) {
+  return static_cast<unsigned int>(std::min<int64_t>((rows + kRowsPerBlock - 1) / kRowsPerBlock, 1 << 16));
+}
+
+__device__ int64_t first_row() { return int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.y; }
+__device__ int64_t row_step() { return int64_t{gridDim.x} * kRowsPerBlock; }
+
+// to[r] = from[by_index ? indices[r] : r], zeros where indices[r] names no row.
+template <class Word, bool by_index>
+__global__ void copy_rows_kernel(const Word* from, int64_t from_stride, const int64_t* indices, int64_t t, int64_t m,
+                                 int64_t width, Word* to, int64_t to_stride) {
+  for (int64_t r = first_row(); r < t; r += row_step()) {
+    const int64_t index = indices[r];
+    const bool names_row = index >= 0 && index < m;
+    const Word* const source = from + (by_index ? index : r) * from_stride;
+    for (int64_t c = threadIdx.x; c < width; c += kWarp) to[r * to_stride + c] = names_row ? source[c] : Word{};
+  }
+}
+
+template <bool by_index>
+void copy_rows(const void* from, int64_t from_stride, const int64_t* indices, int64_t t, int64_t m, int64_t width,
+               int64_t element_size, void* to, int64_t to_stride, cudaStream_t stream) {
+  if (t == 0 || width == 0) return;
+  const auto bits = reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to) |
+                    static_cast<uintptr_t>((from_stride | to_stride | width) * element_size);
+  const auto launch = [&](auto word) {
+    using Word = decltype(word);
+    const int64_t per_word = sizeof(Word);
+    copy_rows_kernel<Word, by_index><<<blocks_for(t), block_shape(), 0, stream>>>(
+        static_cast<const Word*>(from), from_stride * element_size / per_word, indices, t, m,
+        width * element_size / per_word, static_cast<Word*>(to), to_stride * element_size / per_word);
+  };
+  if (bits % sizeof(uint4) == 0) {
+    launch(uint4{});
+  } else if (bits % sizeof(uint2) == 0) {
+    launch(uint2{});
+  } else if (bits % sizeof(uint32_t) == 0) {
+    launch(uint32_t{});
+  } else {
+    launch(uint16_t{});
+  }
+}
+
+// The first place whose value is not below `value`.
+__device__ int64_t lower_bound(const int64_t* sorted, int64_t t, int64_t value) {
+  int64_t low = 0, high = t;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (sorted[middle] < value) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+__device__ void store(double value, double* to) { *to = value; }
+__device__ void store(float value, float* to) { *to = value; }
+__device__ void store(float value, __half* to) { *to = __float2half_rn(value); }
+__device__ void store(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
+
+template <class Sum, class Element>
+__global__ void sum_rows_kernel(const Sum* from, const int64_t* sorted, const int64_t* order, int64_t t, int64_t m,
+                                int64_t width, Element* to) {
+  for (int64_t j = first_row(); j < m; j += row_step()) {
+    const int64_t begin = lower_bound(sorted, t, j);
+    for (int64_t c = threadIdx.x; c < width; c += kWarp) {
+      Sum sum = 0;
+      for (int64_t p = begin; p < t && sorted[p] == j; ++p) sum += from[order[p] * width + c];
+      store(sum, to + j * width + c);
+    }
+  }
+}
+
+}  // namespace
+
+void gather_rows(const void* from, int64_t from_stride, const int64_t* indices, int64_t t, int64_t m, int64_t width,
+                 int64_t element_size, void* to, cudaStream_t stream) {
+  copy_rows<true>(from, from_stride, indices, t, m, width, element_size, to, width, stream);
+}
+
+void mask_rows(const void* from, int64_t from_stride, const int64_t* indices, int64_t t, int64_t m, int64_t width,
+               int64_t element_size, void* to, int64_t to_stride, cudaStream_t stream) {
+  copy_rows<false>(from, from_stride, indices, t, m, width, element_size, to, to_stride, stream);
+}
+
+void sum_rows(const void* from, const int64_t* sorted, const int64_t* order, int64_t t, int64_t m, int64_t width,
+              Dtype dtype, void* to, cudaStream_t stream) {
+  if (m == 0 || width == 0) return;
+  const auto launch = [&](const auto* sums, auto* elements) {
+    sum_rows_kernel<<<blocks_for(m), block_shape(), 0, stream>>>(sums, sorted, order, t, m, width, elements);
+  };
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return launch(static_cast<const double*>(from), static_cast<double*>(to));
+    case Dtype::kFloat32:
+      return launch(static_cast<const float*>(from), static_cast<float*>(to));
+    case Dtype::kFloat16:
+      return launch(static_cast<const float*>(from), static_cast<__half*>(to));
+    case Dtype::kBFloat16:
+      return launch(static_cast<const float*>(from), static_cast<__nv_bfloat16*>(to));
+  }
+}
+
+}  // namespace mhmatmul::cuda

@@ -1,0 +1,64 @@
+"""Devices to test on, poisoned memory for every test, and the count of GPU tests that could not run."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # lets PyTorch's own matmuls run in deterministic mode
+
+import torch
+
+import mhmatmul_ext
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NO_GPU = "no CUDA device" if not torch.cuda.is_available() else None
+if NO_GPU is None and mhmatmul_ext._C.build_config()["cuda"] is None:
+    NO_GPU = "mhmatmul_ext was built without CUDA"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=["float32", "native"])
+def half_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways in which half types are multiplied on CPU."""
+    before = mhmatmul_ext._C.cpu_half_path()
+    mhmatmul_ext._C.set_cpu_half_path(request.param)
+    yield request.param
+    mhmatmul_ext._C.set_cpu_half_path(before)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Deterministic mode fills fresh memory with NaN (the largest integer), in C++ as well: nothing is read unwritten."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all(), "uninitialised memory is not poisoned"
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if NO_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=f"GPU test: {NO_GPU}"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [r for kind in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(kind, [])]
+    gpu = [r for r in reports if "gpu" in r.keywords]
+    ran = sum(not r.skipped for r in gpu)
+    terminalreporter.write_line(f"GPU tests: {ran} run, {len(gpu) - ran} not run{f' ({NO_GPU})' if NO_GPU else ''}")

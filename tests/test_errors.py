@@ -1,0 +1,218 @@
+"""Every refusal: the right type and the whole text, the same for real, fake and meta tensors, and no trace left."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mhmatmul_ext import matmul_with_importance, matmul_with_multi_head, select_important
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ops = torch.ops.mhmatmul
+ELSEWHERE = torch.device("meta")
+
+
+@dataclass
+class Refusal:
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    error: type[Exception]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def zeros(*size, dtype=torch.float32, device="cpu"):
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
+def multi_head(error, text, **changes):
+    arguments = {"input": zeros(2, 5, 4), "weight": zeros(4, 3), "num_heads": 2} | changes
+    return Refusal(matmul_with_multi_head, arguments, error, f"matmul_with_multi_head: {text}")
+
+
+def importance(error, text, **changes):
+    arguments = {"input": zeros(2, 5, 4), "weight": zeros(4, 3), "probs": zeros(2, 5), "num_heads": 2} | changes
+    return Refusal(matmul_with_importance, arguments, error, f"matmul_with_importance: {text}")
+
+
+def select(error, text, **changes):
+    return Refusal(select_important, {"probs": zeros(2, 5)} | changes, error, f"select_important: {text}")
+
+
+def head(error, text, **changes):
+    arguments = {"input": zeros(6, 2, 4), "weight": zeros(2, 4, 3)} | changes
+    return Refusal(ops.head_matmul, arguments, error, f"head_matmul: {text}")
+
+
+def gather(error, text, **changes):
+    arguments = {"input": zeros(6, 2, 4), "weight": zeros(2, 4, 3), "indices": zeros(7, dtype=torch.int64)} | changes
+    return Refusal(ops.gather_head_matmul, arguments, error, f"gather_head_matmul: {text}")
+
+
+def backward(op, error, text, **arguments):
+    return Refusal(getattr(ops, op), arguments, error, f"{op}: {text}")
+
+
+I64, HALF = torch.int64, torch.float16
+FLOATS = "float32, float16, bfloat16 or float64"
+REFUSALS = [
+    # types
+    multi_head(TypeError, "input must be a Tensor, got list", input=[1.0]),
+    multi_head(TypeError, "weight must be a Tensor, got None", weight=None),
+    multi_head(TypeError, "bias must be a Tensor or None, got float", bias=1.0),
+    multi_head(TypeError, "out must be a Tensor or None, got str", out="out"),
+    multi_head(TypeError, "num_heads must be an int, got float", num_heads=2.0),
+    multi_head(TypeError, "num_heads must be an int, got bool", num_heads=True),
+    importance(TypeError, "probs must be a Tensor, got None", probs=None),
+    importance(TypeError, "grad_output must be a Tensor or None, got int", grad_output=1),
+    importance(TypeError, "top_k must be an int or None, got float", top_k=2.0),
+    importance(TypeError, "capacity must be an int or None, got str", capacity="2"),
+    importance(TypeError, "top_p must be a number or a 0-d Tensor, got None", top_p=None),
+    select(TypeError, "top_p must be a number or a 0-d Tensor, got str", top_p="0.5"),
+    select(TypeError, "probs must be a Tensor, got tuple", probs=(0.5,)),
+    # dtypes
+    multi_head(TypeError, f"input must be {FLOATS}, got int64", input=zeros(2, 5, 4, dtype=I64)),
+    multi_head(TypeError, f"input must be {FLOATS}, got complex64", input=zeros(2, 5, 4, dtype=torch.complex64)),
+    multi_head(TypeError, "weight must be float32 as input is, got float16", weight=zeros(4, 3, dtype=HALF)),
+    multi_head(TypeError, "bias must be float32 as input is, got float64", bias=zeros(2, 3, dtype=torch.float64)),
+    multi_head(TypeError, "out must be float32 as input is, got bfloat16", out=zeros(2, 5, 2, 3, dtype=torch.bfloat16)),
+    importance(TypeError, f"probs must be {FLOATS}, got bool", probs=zeros(2, 5, dtype=torch.bool)),
+    importance(TypeError, "weight must be float32 as input is, got float16", weight=zeros(4, 3, dtype=HALF)),
+    importance(TypeError, "grad_output must be float32 as input is, got float16", grad_output=zeros(0, 2, 3, dtype=HALF)),
+    select(TypeError, f"probs must be {FLOATS}, got int64", probs=zeros(2, 5, dtype=I64)),
+    select(TypeError, f"top_p must be {FLOATS}, got int64", top_p=torch.tensor(1)),
+    gather(TypeError, "indices must be int64, got int32", indices=zeros(7, dtype=torch.int32)),
+    # shapes
+    multi_head(ValueError, "input must be [..., h], got []", input=zeros()),
+    multi_head(ValueError, "weight must be [h, e] = [4, e], got [5, 3]", weight=zeros(5, 3)),
+    multi_head(ValueError, "weight must be [h, e] = [4, e], got [4]", weight=zeros(4)),
+    multi_head(ValueError, "weight must be [h, e] = [4, e], got [2, 2, 3]", weight=zeros(2, 2, 3)),
+    multi_head(ValueError, "bias must be [nh, e] = [2, 3], got [3]", bias=zeros(3)),
+    multi_head(ValueError, "bias must be [nh, e] = [2, 3], got [3, 2]", bias=zeros(3, 2)),
+    multi_head(ValueError, "out must be [..., nh, e] = [2, 5, 2, 3], got [10, 2, 3]", out=zeros(10, 2, 3)),
+    multi_head(ValueError, "out must be [..., nh, e] = [2, 5, 2, 3], got [2, 5, 3, 2]", out=zeros(2, 5, 3, 2)),
+    multi_head(ValueError, "out must have stride 1 in its last dimension, got 2", out=zeros(2, 5, 2, 6)[..., ::2]),
+    importance(ValueError, "input must be [b, s, h], got [10, 4]", input=zeros(10, 4)),
+    importance(ValueError, "probs must be [b, s] = [2, 5], got [2, 6]", probs=zeros(2, 6)),
+    importance(ValueError, "probs must be [b, s] = [2, 5], got [10]", probs=zeros(10)),
+    importance(ValueError, "weight must be [h, e] = [4, e], got [3, 4]", weight=zeros(3, 4)),
+    importance(ValueError, "grad_output must be [t, nh, e] = [t, 2, 3], got [4, 3]", grad_output=zeros(4, 3)),
+    importance(ValueError, "grad_output must be [t, nh, e] = [t, 2, 3], got [0, 2, 4]", grad_output=zeros(0, 2, 4)),
+    importance(ValueError, "grad_output must be [b, c, nh, e] = [2, 3, 2, 3], got [2, 2, 2, 3]",
+               grad_output=zeros(2, 2, 2, 3), capacity=3),
+    select(ValueError, "probs must be [b, s], got [5]", probs=zeros(5)),
+    select(ValueError, "top_p must be a number or a 0-d tensor, got a tensor [1]", top_p=zeros(1)),
+    head(ValueError, "input must be [..., nh, hd], got [4]", input=zeros(4)),
+    head(ValueError, "weight must be [nh, hd, e] = [2, 4, e], got [2, 5, 3]", weight=zeros(2, 5, 3)),
+    head(ValueError, "bias must be [nh, e] = [2, 3], got [2, 4]", bias=zeros(2, 4)),
+    gather(ValueError, "input must be [m, nh, hd], got [1, 6, 2, 4]", input=zeros(1, 6, 2, 4)),
+    gather(ValueError, "indices must be [t], got [7, 1]", indices=zeros(7, 1, dtype=I64)),
+    backward("_head_matmul_wgrad", ValueError, "input must be [..., nh, hd] = [6, 2, hd], got [5, 2, 4]",
+             grad_output=zeros(6, 2, 3), input=zeros(5, 2, 4)),
+    backward("_head_matmul_backward", ValueError, "weight must be [nh, hd, e] = [2, 4, 3], got [2, 4, 5]",
+             grad_output=zeros(6, 2, 3), input=zeros(6, 2, 4), weight=zeros(2, 4, 5)),
+    backward("_gather_head_matmul_dgrad", ValueError, "m must be >= 0, got -1",
+             grad_output=zeros(7, 2, 3), weight=zeros(2, 4, 3), indices=zeros(7, dtype=I64), m=-1),
+    backward("_gather_head_matmul_wgrad", ValueError, "grad_output must be [t, nh, e] = [7, nh, e], got [6, 2, 3]",
+             grad_output=zeros(6, 2, 3), input=zeros(6, 2, 4), indices=zeros(7, dtype=I64)),
+    backward("_gather_head_matmul_backward", ValueError, "input must be [m, nh, hd] = [m, 2, hd], got [6, 3, 4]",
+             grad_output=zeros(7, 2, 3), input=zeros(6, 3, 4), weight=zeros(2, 4, 3), indices=zeros(7, dtype=I64)),
+    # values
+    multi_head(ValueError, "num_heads must be >= 1 and divide h = 4, got 3", num_heads=3),
+    multi_head(ValueError, "num_heads must be >= 1 and divide h = 4, got 0", num_heads=0),
+    multi_head(ValueError, "num_heads must be >= 1 and divide h = 4, got -2", num_heads=-2),
+    importance(ValueError, "num_heads must be >= 1 and divide h = 4, got 3", num_heads=3),
+    importance(ValueError, "top_p must be in [0, 1], got 1.5", top_p=1.5),
+    importance(ValueError, "top_p must be in [0, 1], got nan", top_p=float("nan")),
+    importance(ValueError, "top_p must be in [0, 1], got -0.5", top_p=-0.5, capacity=2),
+    importance(ValueError, "top_p must be in [0, 1], got 2", top_p=2, grad_output=zeros(0, 2, 3)),
+    importance(ValueError, "top_k must be in [1, s] = [1, 5], got 0", top_k=0),
+    importance(ValueError, "top_k must be in [1, s] = [1, 5], got 6", top_k=6, top_p=torch.tensor(0.5)),
+    importance(ValueError, "capacity must be >= 0, got -1", capacity=-1),
+    select(ValueError, "top_p must be in [0, 1], got -0.1", top_p=-0.1),
+    select(ValueError, "top_p must be in [0, 1], got 1.5", top_p=1.5, capacity=1),
+    select(ValueError, "top_k must be in [1, s] = [1, 5], got 6", top_k=6),
+    select(ValueError, "top_k must be in [1, s] = [1, 0], got 1", top_k=1, probs=zeros(2, 0)),
+    select(ValueError, "capacity must be >= 0, got -3", capacity=-3),
+    # devices
+    multi_head(RuntimeError, "weight must be on cpu as input is, got meta", weight=zeros(4, 3, device=ELSEWHERE)),
+    multi_head(RuntimeError, "bias must be on cpu as input is, got meta", bias=zeros(2, 3, device=ELSEWHERE)),
+    multi_head(RuntimeError, "out must be on cpu as input is, got meta", out=zeros(2, 5, 2, 3, device=ELSEWHERE)),
+    importance(RuntimeError, "probs must be on cpu as input is, got meta", probs=zeros(2, 5, device=ELSEWHERE)),
+    importance(RuntimeError, "grad_output must be on cpu as input is, got meta",
+               grad_output=zeros(0, 2, 3, device=ELSEWHERE)),
+    head(RuntimeError, "weight must be on cpu as input is, got meta", weight=zeros(2, 4, 3, device=ELSEWHERE)),
+    gather(RuntimeError, "indices must be on cpu as input is, got meta", indices=zeros(7, dtype=I64, device=ELSEWHERE)),
+    select(RuntimeError, "top_p must be on cpu or cpu as probs is, got meta",
+           top_p=torch.zeros((), device=ELSEWHERE)),
+]  # fmt: skip
+
+
+def assert_refused(refusal, arguments):
+    with pytest.raises(refusal.error, match=f"^{re.escape(refusal.text)}") as caught:
+        refusal.function(**arguments)
+    assert type(caught.value) is refusal.error
+    assert str(caught.value).split("\n")[0] == refusal.text
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+def test_refused_on_cpu_and_no_trace_left(refusal):
+    tensors = [leaf for leaf in tree_leaves(refusal.arguments) if isinstance(leaf, torch.Tensor)]
+    before = [(tensor._version, tensor.clone()) for tensor in tensors]
+    rng, grad_mode = torch.get_rng_state(), torch.is_grad_enabled()
+    assert_refused(refusal, refusal.arguments)
+    for tensor, (version, value) in zip(tensors, before, strict=True):
+        assert tensor._version == version
+        assert tensor.is_meta or torch.equal(tensor, value)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.is_grad_enabled() == grad_mode
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_refused_while_tracing(refusal, mode):
+    with mode(), FakeTensorMode() as fake:
+        assert_refused(refusal, tree_map_only(torch.Tensor, fake.from_tensor, refusal.arguments))
+
+
+@pytest.mark.parametrize("refusal", [r for r in REFUSALS if r.error is not RuntimeError], ids=str)
+def test_refused_on_meta(refusal):
+    assert_refused(refusal, tree_map_only(torch.Tensor, lambda t: t.to("meta"), refusal.arguments))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+def test_refused_on_cuda(refusal):
+    def move(tensor):
+        return tensor if tensor.is_meta else tensor.cuda()
+
+    on_cuda = Refusal(refusal.function, {}, refusal.error, refusal.text.replace("on cpu as", "on cuda:0 as")
+                      .replace("on cpu or cpu", "on cpu or cuda:0"))  # fmt: skip
+    assert_refused(on_cuda, tree_map_only(torch.Tensor, move, refusal.arguments))
+
+
+def test_wrong_number_of_kept_rows():
+    """Known only after the selection, still before any multiplication."""
+    text = "matmul_with_importance: grad_output must be [t, nh, e] = [10, 2, 3], got [9, 2, 3]"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        matmul_with_importance(zeros(2, 5, 4), zeros(4, 3), zeros(2, 5), zeros(9, 2, 3), num_heads=2, top_p=0.0)
+
+
+def test_none_for_a_tensor_reaches_the_checks():
+    with pytest.raises(TypeError, match="head_matmul: input must be a Tensor, got None"):
+        ops.head_matmul(None, zeros(2, 4, 3))
+
+
+def test_there_are_enough():
+    assert len(REFUSALS) >= 60
+    assert len({str(refusal) for refusal in REFUSALS}) > 50
