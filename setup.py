@@ -23,6 +23,7 @@ BUILD_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_whee
 
 
 def sources(*patterns: str) -> list[str]:
+    """The files below csrc/ that match, relative to the project."""
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
 
 
@@ -44,6 +45,7 @@ def find_cuda_home() -> str | None:
 
 
 def toolkit_version(cuda_home: str) -> str:
+    """Major and minor version, as nvcc says it."""
     text = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     match = re.search(r"release (\d+\.\d+)", text)
     if match is None:
@@ -84,6 +86,7 @@ def cublas_link(cuda_home: str) -> dict[str, Any]:
 
 
 def build_arguments() -> dict[str, Any]:
+    """What setup() needs to compile; prints the configuration."""
     cuda_home = find_cuda_home()
     if cuda_home is not None:
         os.environ["CUDA_HOME"] = cuda_home  # before torch.utils.cpp_extension makes its own guess
@@ -108,7 +111,7 @@ def build_arguments() -> dict[str, Any]:
     else:
         assert cuda_home is not None
         if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            flags = re.findall(r"sm_(\d+?)(\d)\b", torch._C._cuda_getArchFlags())
+            flags = re.findall(r"sm_(\d+?)(\d)\b", torch._C._cuda_getArchFlags() or "")
             os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{major}.{minor}" for major, minor in flags) + "+PTX"
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
         link = cublas_link(cuda_home)
@@ -138,16 +141,19 @@ def build_arguments() -> dict[str, Any]:
     class BuildExt(BuildExtension):
         def get_ext_filename(self, fullname: str) -> str:
             """The operators' library is no Python module and carries no Python tag."""
-            filename = Path(super().get_ext_filename(fullname))
+            filename = Path(super().get_ext_filename(fullname))  # type: ignore[no-untyped-call]
             library = OPERATORS.rpartition(".")[2]
             return str(filename.with_name(f"{library}.so") if filename.name.startswith(library) else filename)
 
     print("mhmatmul_ext is built with:", flush=True)
     print(f"  torch          {torch.__version__} in {Path(torch.__file__).parent}")
-    print(f"  CUDA           {f'no: {cpu_only_because}' if cpu_only_because else f'{torch.version.cuda} by {cuda_home}'}")
+    print(
+        f"  CUDA           {f'no: {cpu_only_because}' if cpu_only_because else f'{torch.version.cuda} by {cuda_home}'}"
+    )
     print(f"  architectures  {architectures or '-'}")
     print(f"  sources        {len(operators.sources)} files", flush=True)
     return {"ext_modules": [operators, introspection], "cmdclass": {"build_ext": BuildExt}}
 
 
-setup(**(build_arguments() if BUILD_COMMANDS & set(sys.argv) else {}))
+if __name__ == "__main__":
+    setup(**(build_arguments() if BUILD_COMMANDS & set(sys.argv) else {}))

@@ -16,7 +16,11 @@ from setuptools.build_meta import *  # noqa: F403  (the hooks not redefined belo
 
 
 def _folder_with_torch() -> "str | None":
-    folders = [os.environ.get("MHMATMUL_TORCH_DIR"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    folders = [
+        os.environ.get("MHMATMUL_TORCH_DIR"),
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+    ]
     return next((f for f in folders if f and (Path(f) / "torch" / "version.py").is_file()), None)
 
 

@@ -4,7 +4,6 @@
 #include <torch/library.h>
 
 #include <limits>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -20,22 +19,30 @@ using Axes = std::vector<Axis>;
 
 std::string dtype_name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
-// "[b, s, h]", followed by " = [2, 5, h]" when any size is fixed; the letters are those of the axes unless given.
+std::string text(const SymInt& size) {
+  const auto known = size.maybe_as_int();
+  return known ? std::to_string(*known) : size.toSymNode()->str();
+}
+
+std::string text(c10::SymIntArrayRef sizes) {
+  std::string list;
+  for (const auto& size : sizes) list += (list.empty() ? "" : ", ") + text(size);
+  return "[" + list + "]";
+}
+
+// "[b, s, h]", followed by " = [2, 5, h]" when any size is fixed; the letters are those of the axes unless
+// given.
 std::string expected_shape(const Axes& axes, const char* given_letters) {
-  std::ostringstream letters, sizes;
+  std::string letters, sizes;
   bool any_fixed = false;
-  for (size_t i = 0; i < axes.size(); ++i) {
-    letters << (i ? ", " : "[") << axes[i].letter;
-    sizes << (i ? ", " : "[");
-    if (axes[i].size) {
-      sizes << *axes[i].size;
-      any_fixed = true;
-    } else {
-      sizes << axes[i].letter;
-    }
+  for (const auto& axis : axes) {
+    const char* const separator = letters.empty() ? "" : ", ";
+    letters += std::string(separator) + axis.letter;
+    sizes += separator + (axis.size ? text(*axis.size) : axis.letter);
+    any_fixed |= axis.size.has_value();
   }
-  const std::string text = given_letters ? given_letters : letters.str() + "]";
-  return any_fixed ? text + " = " + sizes.str() + "]" : text;
+  const std::string shape = given_letters ? given_letters : "[" + letters + "]";
+  return any_fixed ? shape + " = [" + sizes + "]" : shape;
 }
 
 bool equal(const SymInt& a, const SymInt& b) { return a.sym_eq(b).expect_true(__FILE__, __LINE__); }
@@ -50,7 +57,7 @@ bool has_shape(const Tensor& tensor, const Axes& axes) {
 void check_shape(std::string_view op, const char* name, const Tensor& tensor, const Axes& axes,
                  const char* letters = nullptr) {
   TORCH_CHECK_VALUE(has_shape(tensor, axes), op, ": ", name, " must be ", expected_shape(axes, letters), ", got ",
-                    tensor.sym_sizes());
+                    text(tensor.sym_sizes()));
 }
 
 // A tensor [..., a, b] whose sizes before the last two are those of `leading`.
@@ -68,9 +75,8 @@ void check_defined(std::string_view op, const char* name, const Tensor& tensor) 
 void check_operand_dtype(std::string_view op, const char* name, const Tensor& tensor) {
   check_defined(op, name, tensor);
   const auto dtype = tensor.scalar_type();
-  TORCH_CHECK_TYPE(
-      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kDouble, op, ": ", name,
-      " must be float32, float16, bfloat16 or float64, got ", dtype_name(dtype));
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kDouble, op,
+                   ": ", name, " must be float32, float16, bfloat16 or float64, got ", dtype_name(dtype));
 }
 
 void check_device_of(std::string_view op, const char* name, const Tensor& tensor, const char* reference_name,
@@ -108,21 +114,21 @@ void check_bias_and_out(std::string_view op, const Tensor& input, c10::SymIntArr
     check_beside(op, "out", *out, "input", input);
     check_shape(op, "out", *out, behind(leading, {{"nh", nh}, {"e", e}}), "[..., nh, e]");
     TORCH_CHECK_VALUE(out->sym_size(-1) <= 1 || out->sym_stride(-1) == 1, op,
-                      ": out must have stride 1 in its last dimension, got ", out->sym_stride(-1));
+                      ": out must have stride 1 in its last dimension, got ", text(out->sym_stride(-1)));
   }
 }
 
 }  // namespace
 
-HeadSizes check_head_matmul(std::string_view op, const Tensor& input, const Tensor& weight,
-                            const OptionalTensor& bias, const OptionalTensor& indices, const OptionalTensor& out) {
+HeadSizes check_head_matmul(std::string_view op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& indices, const OptionalTensor& out) {
   check_operand_dtype(op, "input", input);
   check_beside(op, "weight", weight, "input", input);
   if (indices) {
     check_index_tensor(op, *indices, "input", input);
     check_shape(op, "input", input, {{"m"}, {"nh"}, {"hd"}});
   }
-  TORCH_CHECK_VALUE(input.dim() >= 2, op, ": input must be [..., nh, hd], got ", input.sym_sizes());
+  TORCH_CHECK_VALUE(input.dim() >= 2, op, ": input must be [..., nh, hd], got ", text(input.sym_sizes()));
   const SymInt nh = input.sym_size(-2), hd = input.sym_size(-1);
   check_shape(op, "weight", weight, {{"nh", nh}, {"hd", hd}, {"e"}});
   const SymInt e = weight.sym_size(2);
@@ -139,7 +145,7 @@ void check_head_matmul_backward(std::string_view op, const Tensor& grad_output, 
     check_shape(op, "grad_output", grad_output, {{"t", indices->sym_size(0)}, {"nh"}, {"e"}});
   }
   TORCH_CHECK_VALUE(grad_output.dim() >= 2, op, ": grad_output must be [..., nh, e], got ",
-                    grad_output.sym_sizes());
+                    text(grad_output.sym_sizes()));
   const SymInt nh = grad_output.sym_size(-2), e = grad_output.sym_size(-1);
   std::optional<SymInt> hd;
   if (input) {
@@ -156,18 +162,18 @@ void check_head_matmul_backward(std::string_view op, const Tensor& grad_output, 
     check_beside(op, "weight", *weight, "grad_output", grad_output);
     check_shape(op, "weight", *weight, {{"nh", nh}, {"hd", hd}, {"e", e}});
   }
-  if (m) TORCH_CHECK_VALUE(*m >= 0, op, ": m must be >= 0, got ", *m);
+  if (m) TORCH_CHECK_VALUE(*m >= 0, op, ": m must be >= 0, got ", text(*m));
 }
 
 HeadSizes check_multi_head_matmul(std::string_view op, const Tensor& input, const Tensor& weight,
                                   const SymInt& num_heads, const OptionalTensor& bias, const OptionalTensor& out) {
   check_operand_dtype(op, "input", input);
   check_beside(op, "weight", weight, "input", input);
-  TORCH_CHECK_VALUE(input.dim() >= 1, op, ": input must be [..., h], got ", input.sym_sizes());
+  TORCH_CHECK_VALUE(input.dim() >= 1, op, ": input must be [..., h], got ", text(input.sym_sizes()));
   const SymInt h = input.sym_size(-1);
   check_shape(op, "weight", weight, {{"h", h}, {"e"}});
-  TORCH_CHECK_VALUE(num_heads >= 1 && h % num_heads == 0, op, ": num_heads must be >= 1 and divide h = ", h,
-                    ", got ", num_heads);
+  TORCH_CHECK_VALUE(num_heads >= 1 && h % num_heads == 0, op, ": num_heads must be >= 1 and divide h = ", text(h),
+                    ", got ", text(num_heads));
   const SymInt e = weight.sym_size(1);
   check_bias_and_out(op, input, input.sym_sizes().slice(0, input.dim() - 1), num_heads, e, bias, out);
   return {num_heads, h / num_heads, e};
@@ -183,18 +189,19 @@ void check_select(std::string_view op, const Tensor& probs, std::optional<double
   if (top_p) {
     check_operand_dtype(op, "top_p", *top_p);
     TORCH_CHECK_VALUE(top_p->dim() == 0, op, ": top_p must be a number or a 0-d tensor, got a tensor ",
-                      top_p->sym_sizes());
+                      text(top_p->sym_sizes()));
     TORCH_CHECK(top_p->device().is_cpu() || top_p->device() == probs.device(), op, ": top_p must be on cpu or ",
                 probs.device(), " as probs is, got ", top_p->device());
   }
   const SymInt s = probs.sym_size(1);
   if (top_k)
-    TORCH_CHECK_VALUE(*top_k >= 1 && *top_k <= s, op, ": top_k must be in [1, s] = [1, ", s, "], got ", *top_k);
-  if (capacity) TORCH_CHECK_VALUE(*capacity >= 0, op, ": capacity must be >= 0, got ", *capacity);
+    TORCH_CHECK_VALUE(*top_k >= 1 && *top_k <= s, op, ": top_k must be in [1, s] = [1, ", text(s), "], got ",
+                      text(*top_k));
+  if (capacity) TORCH_CHECK_VALUE(*capacity >= 0, op, ": capacity must be >= 0, got ", text(*capacity));
 }
 
-HeadSizes check_importance_matmul(std::string_view op, const Tensor& input, const Tensor& weight,
-                                  const Tensor& probs, const SymInt& num_heads) {
+HeadSizes check_importance_matmul(std::string_view op, const Tensor& input, const Tensor& weight, const Tensor& probs,
+                                  const SymInt& num_heads) {
   check_operand_dtype(op, "input", input);
   check_shape(op, "input", input, {{"b"}, {"s"}, {"h"}});
   check_defined(op, "probs", probs);
@@ -234,13 +241,11 @@ TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {
             const OptionalTensor& indices,
             const OptionalTensor& out) { check_head_matmul(op, input, weight, bias, indices, out); });
   m.impl("_check_head_matmul_backward",
-         [](std::string_view op, const Tensor& grad_output, const OptionalTensor& input,
-            const OptionalTensor& weight, const OptionalTensor& indices, std::optional<SymInt> m) {
-           check_head_matmul_backward(op, grad_output, input, weight, indices, m);
-         });
+         [](std::string_view op, const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+            const OptionalTensor& indices,
+            std::optional<SymInt> m) { check_head_matmul_backward(op, grad_output, input, weight, indices, m); });
   m.impl("_check_select", [](std::string_view op, const Tensor& probs, std::optional<double> top_p_value,
-                             const OptionalTensor& top_p, std::optional<SymInt> top_k,
-                             std::optional<SymInt> capacity) {
+                             const OptionalTensor& top_p, std::optional<SymInt> top_k, std::optional<SymInt> capacity) {
     check_select(op, probs, top_p_value, top_p, top_k, capacity);
   });
 }

@@ -1,6 +1,7 @@
-// The only argument checks. Each is called before any work by the CPU and CUDA kernels, by the operators in composite/
-// and, through the _check_* operators, by the fake kernels, so that all refuse alike; each returns the sizes it verified.
-// Wrong dtype: TypeError. Wrong shape or value: ValueError. Operands on several devices: RuntimeError.
+// The only argument checks. Each is called before any work by the CPU and CUDA kernels, by the operators in
+// composite/ and, through the _check_* operators, by the fake kernels, so that all refuse alike; each returns
+// the sizes it verified. Wrong dtype: TypeError. Wrong shape or value: ValueError. Operands on several
+// devices: RuntimeError.
 #pragma once
 
 #include "ops.h"
@@ -14,12 +15,11 @@ struct HeadSizes {
 };
 
 // input [..., nh, hd] (with indices [t]: [m, nh, hd]), weight [nh, hd, e], bias [nh, e], out [..., nh, e].
-HeadSizes check_head_matmul(std::string_view op, const Tensor& input, const Tensor& weight,
-                            const OptionalTensor& bias, const OptionalTensor& indices = std::nullopt,
-                            const OptionalTensor& out = std::nullopt);
+HeadSizes check_head_matmul(std::string_view op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& indices = std::nullopt, const OptionalTensor& out = std::nullopt);
 
-// grad_output [..., nh, e] with input [..., nh, hd] (one leading size per row) and/or weight [nh, hd, e]; with indices
-// [t]: grad_output [t, nh, e], input [m, nh, hd].
+// grad_output [..., nh, e] with input [..., nh, hd] (one leading size per row) and/or weight [nh, hd, e];
+// with indices [t]: grad_output [t, nh, e], input [m, nh, hd].
 void check_head_matmul_backward(std::string_view op, const Tensor& grad_output, const OptionalTensor& input,
                                 const OptionalTensor& weight, const OptionalTensor& indices = std::nullopt,
                                 const std::optional<SymInt>& m = std::nullopt);
@@ -35,15 +35,16 @@ void check_select(std::string_view op, const Tensor& probs, std::optional<double
                   const std::optional<SymInt>& capacity = std::nullopt);
 
 // input [b, s, h], weight [h, e], probs [b, s]; num_heads divides h.
-HeadSizes check_importance_matmul(std::string_view op, const Tensor& input, const Tensor& weight,
-                                  const Tensor& probs, const SymInt& num_heads);
+HeadSizes check_importance_matmul(std::string_view op, const Tensor& input, const Tensor& weight, const Tensor& probs,
+                                  const SymInt& num_heads);
 
-// grad_output [t, nh, e], or [b, c, nh, e] with the static selection; `rows` are its sizes before the last two, empty
-// as long as they are not known.
+// grad_output [t, nh, e], or [b, c, nh, e] with the static selection; `rows` are its sizes before the last
+// two, empty as long as they are not known.
 void check_importance_grad(std::string_view op, const Tensor& grad_output, const Tensor& input, bool is_static,
                            const HeadSizes& sizes, c10::SymIntArrayRef rows);
 
-// Every index in [-1, m), else IndexError; for devices whose memory the host can read. Returns whether any is -1.
+// Every index in [-1, m), else IndexError; for devices whose memory the host can read. Returns whether any is
+// -1.
 bool check_indices(std::string_view op, const int64_t* indices, int64_t t, int64_t m);
 
 // At most 2^31 - 1 kept tokens, since cu_seqlens is int32.

@@ -13,8 +13,7 @@ inline Tensor flatten_rows(const Tensor& tensor) {
 }
 
 // `out` may share memory neither with an operand nor with itself.
-inline void check_no_overlap(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                             const Tensor& out) {
+inline void check_no_overlap(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {
   at::assert_no_internal_overlap(out);
   at::assert_no_overlap(out, input);
   at::assert_no_overlap(out, weight);

@@ -34,8 +34,8 @@ TORCH_LIBRARY(mhmatmul, m) {
       "Tensor(a!) out) -> ()",
       tags);
 
-  // Flat positions i*s + j of the tokens with probs >= top_p among their sequence's top_k highest, [t], and where
-  // each sequence's begin, [b + 1].
+  // Flat positions i*s + j of the tokens with probs >= top_p among their sequence's top_k highest, [t], and
+  // where each sequence's begin, [b + 1].
   m.def(
       "select_important(Tensor probs, float top_p=1.0, SymInt? top_k=None) -> "
       "(Tensor indices, Tensor cu_seqlens)",
@@ -45,7 +45,8 @@ TORCH_LIBRARY(mhmatmul, m) {
       "_select_important_tensor(Tensor probs, Tensor top_p, SymInt? top_k) -> "
       "(Tensor indices, Tensor cu_seqlens)",
       data_dependent);
-  // The same in a fixed size: indices [b, capacity] padded with -1, and how many each sequence would keep, [b].
+  // The same in a fixed size: indices [b, capacity] padded with -1, and how many each sequence would keep,
+  // [b].
   m.def(
       "select_important_static(Tensor probs, Tensor top_p, SymInt? top_k, SymInt capacity) -> "
       "(Tensor indices, Tensor counts)",
@@ -54,8 +55,7 @@ TORCH_LIBRARY(mhmatmul, m) {
   // head_matmul of the rows of input [m, nh, hd] named by indices [t]; -1 names a row of zeros in the output.
   m.def("gather_head_matmul(Tensor input, Tensor weight, Tensor indices, Tensor? bias=None) -> Tensor", tags);
   // Gradient of its input, [m, nh, hd]; repeated indices add up in order, rows not named are zero.
-  m.def(
-      "_gather_head_matmul_dgrad(Tensor grad_output, Tensor weight, Tensor indices, SymInt m) -> Tensor", tags);
+  m.def("_gather_head_matmul_dgrad(Tensor grad_output, Tensor weight, Tensor indices, SymInt m) -> Tensor", tags);
   // Gradient of its weight, [nh, hd, e].
   m.def("_gather_head_matmul_wgrad(Tensor grad_output, Tensor input, Tensor indices) -> Tensor", tags);
   // Both together.
@@ -69,16 +69,18 @@ TORCH_LIBRARY(mhmatmul, m) {
       "importance_matmul(Tensor input, Tensor weight, Tensor probs, SymInt num_heads, float top_p=1.0, "
       "SymInt? top_k=None) -> (Tensor output, Tensor indices, Tensor cu_seqlens)",
       data_dependent);
-  // The same with a 0-d tensor as threshold and, given a capacity, over the static selection ([b, capacity, nh, e]).
+  // The same with a 0-d tensor as threshold and, given a capacity, over the static selection ([b, capacity,
+  // nh, e]).
   m.def(
       "_importance_matmul_tensor(Tensor input, Tensor weight, Tensor probs, SymInt num_heads, Tensor top_p, "
       "SymInt? top_k, SymInt? capacity) -> (Tensor output, Tensor indices, Tensor offsets)",
       data_dependent);
   // The same with the gradients of input and weight for a given grad_output; nothing here is differentiable.
   m.def(
-      "_importance_matmul_grads(Tensor input, Tensor weight, Tensor probs, Tensor grad_output, SymInt num_heads, "
+      "_importance_matmul_grads(Tensor input, Tensor weight, Tensor probs, Tensor grad_output, SymInt "
+      "num_heads, "
       "Tensor top_p, SymInt? top_k, SymInt? capacity) -> "
-      "(Tensor output, Tensor grad_input, Tensor grad_weight)",
+      "(Tensor output, Tensor grad_input, Tensor grad_weight, Tensor indices)",
       data_dependent);
 
   // A checked threshold as a 0-d tensor of the dtype and device of probs; `op` names the caller in errors.
@@ -120,8 +122,7 @@ Tensor head_matmul_wgrad(const Tensor& grad_output, const Tensor& input) {
   return op.call(grad_output, input);
 }
 
-std::tuple<Tensor, Tensor> head_matmul_backward(const Tensor& grad_output, const Tensor& input,
-                                                const Tensor& weight) {
+std::tuple<Tensor, Tensor> head_matmul_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight) {
   static const auto op = typed<decltype(head_matmul_backward)>("mhmatmul::_head_matmul_backward");
   return op.call(grad_output, input, weight);
 }
@@ -165,8 +166,7 @@ Tensor gather_head_matmul(const Tensor& input, const Tensor& weight, const Tenso
   return op.call(input, weight, indices, bias);
 }
 
-Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
-                                SymInt m) {
+Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m) {
   static const auto op = typed<decltype(gather_head_matmul_dgrad)>("mhmatmul::_gather_head_matmul_dgrad");
   return op.call(grad_output, weight, indices, std::move(m));
 }
@@ -182,29 +182,27 @@ std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output
   return op.call(grad_output, input, weight, indices);
 }
 
-std::tuple<Tensor, Tensor, Tensor> importance_matmul(const Tensor& input, const Tensor& weight,
-                                                     const Tensor& probs, SymInt num_heads, double top_p,
-                                                     std::optional<SymInt> top_k) {
+std::tuple<Tensor, Tensor, Tensor> importance_matmul(const Tensor& input, const Tensor& weight, const Tensor& probs,
+                                                     SymInt num_heads, double top_p, std::optional<SymInt> top_k) {
   static const auto op = typed<decltype(importance_matmul)>("mhmatmul::importance_matmul");
   return op.call(input, weight, probs, std::move(num_heads), top_p, std::move(top_k));
 }
 
 std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor(const Tensor& input, const Tensor& weight,
-                                                            const Tensor& probs, SymInt num_heads,
-                                                            const Tensor& top_p, std::optional<SymInt> top_k,
+                                                            const Tensor& probs, SymInt num_heads, const Tensor& top_p,
+                                                            std::optional<SymInt> top_k,
                                                             std::optional<SymInt> capacity) {
   static const auto op = typed<decltype(importance_matmul_tensor)>("mhmatmul::_importance_matmul_tensor");
   return op.call(input, weight, probs, std::move(num_heads), top_p, std::move(top_k), std::move(capacity));
 }
 
-std::tuple<Tensor, Tensor, Tensor> importance_matmul_grads(const Tensor& input, const Tensor& weight,
-                                                           const Tensor& probs, const Tensor& grad_output,
-                                                           SymInt num_heads, const Tensor& top_p,
-                                                           std::optional<SymInt> top_k,
-                                                           std::optional<SymInt> capacity) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> importance_matmul_grads(const Tensor& input, const Tensor& weight,
+                                                                   const Tensor& probs, const Tensor& grad_output,
+                                                                   SymInt num_heads, const Tensor& top_p,
+                                                                   std::optional<SymInt> top_k,
+                                                                   std::optional<SymInt> capacity) {
   static const auto op = typed<decltype(importance_matmul_grads)>("mhmatmul::_importance_matmul_grads");
-  return op.call(input, weight, probs, grad_output, std::move(num_heads), top_p, std::move(top_k),
-                 std::move(capacity));
+  return op.call(input, weight, probs, grad_output, std::move(num_heads), top_p, std::move(top_k), std::move(capacity));
 }
 
 }  // namespace mhmatmul

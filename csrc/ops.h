@@ -17,8 +17,7 @@ using OptionalTensor = std::optional<Tensor>;
 Tensor head_matmul(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
 void head_matmul_out(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Tensor& out);
 Tensor head_matmul_wgrad(const Tensor& grad_output, const Tensor& input);
-std::tuple<Tensor, Tensor> head_matmul_backward(const Tensor& grad_output, const Tensor& input,
-                                                const Tensor& weight);
+std::tuple<Tensor, Tensor> head_matmul_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight);
 
 Tensor multi_head_matmul(const Tensor& input, const Tensor& weight, SymInt num_heads);
 Tensor multi_head_matmul_bias(const Tensor& input, const Tensor& weight, SymInt num_heads, const Tensor& bias);
@@ -31,25 +30,22 @@ std::tuple<Tensor, Tensor> select_important_tensor(const Tensor& probs, const Te
 std::tuple<Tensor, Tensor> select_important_static(const Tensor& probs, const Tensor& top_p,
                                                    std::optional<SymInt> top_k, SymInt capacity);
 
-Tensor gather_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices,
-                          const OptionalTensor& bias);
-Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
-                                SymInt m);
+Tensor gather_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias);
+Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m);
 Tensor gather_head_matmul_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& indices);
 std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output, const Tensor& input,
                                                        const Tensor& weight, const Tensor& indices);
 
-std::tuple<Tensor, Tensor, Tensor> importance_matmul(const Tensor& input, const Tensor& weight,
-                                                     const Tensor& probs, SymInt num_heads, double top_p,
-                                                     std::optional<SymInt> top_k);
+std::tuple<Tensor, Tensor, Tensor> importance_matmul(const Tensor& input, const Tensor& weight, const Tensor& probs,
+                                                     SymInt num_heads, double top_p, std::optional<SymInt> top_k);
 std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor(const Tensor& input, const Tensor& weight,
-                                                            const Tensor& probs, SymInt num_heads,
-                                                            const Tensor& top_p, std::optional<SymInt> top_k,
+                                                            const Tensor& probs, SymInt num_heads, const Tensor& top_p,
+                                                            std::optional<SymInt> top_k,
                                                             std::optional<SymInt> capacity);
-std::tuple<Tensor, Tensor, Tensor> importance_matmul_grads(const Tensor& input, const Tensor& weight,
-                                                           const Tensor& probs, const Tensor& grad_output,
-                                                           SymInt num_heads, const Tensor& top_p,
-                                                           std::optional<SymInt> top_k,
-                                                           std::optional<SymInt> capacity);
+std::tuple<Tensor, Tensor, Tensor, Tensor> importance_matmul_grads(const Tensor& input, const Tensor& weight,
+                                                                   const Tensor& probs, const Tensor& grad_output,
+                                                                   SymInt num_heads, const Tensor& top_p,
+                                                                   std::optional<SymInt> top_k,
+                                                                   std::optional<SymInt> capacity);
 
 }  // namespace mhmatmul

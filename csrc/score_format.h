@@ -1,4 +1,5 @@
-// From a dtype to the FloatFormat that the selection kernels are instantiated for; the one list of scores' dtypes.
+// From a dtype to the FloatFormat that the selection kernels are instantiated for; the one list of scores'
+// dtypes.
 #pragma once
 
 #include "selection_rule.h"

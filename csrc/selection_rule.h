@@ -1,8 +1,9 @@
 // Which tokens of a row are kept: the one rule that CPU and CUDA share.
 //
-// A score is turned into an unsigned key whose order is the order of the scores: NaN is 0, below everything; -0.0 and
-// +0.0 are one key. A row's rule is then a key, and how many scores equal to it may stay: a token is kept when its key
-// is above the rule's, or equal with a place left, places going to the lowest positions first.
+// A score is turned into an unsigned key whose order is the order of the scores: NaN is 0, below everything;
+// -0.0 and +0.0 are one key. A row's rule is then a key, and how many scores equal to it may stay: a token is
+// kept when its key is above the rule's, or equal with a place left, places going to the lowest positions
+// first.
 //
 // Scores are read as raw bits, so nothing here knows a half type or a Tensor.
 #pragma once

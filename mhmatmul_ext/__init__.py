@@ -5,10 +5,10 @@ tokens that matter, `select_important` says which those are. The operators are i
 holds the same functions in slow, obvious PyTorch.
 """
 
-from ._load import load as _load
+from . import _load
 from ._version import __version__
 
-_load()
+_load.load()
 
 from . import _registrations, reference  # noqa: E402
 from .functional import matmul_with_importance, matmul_with_multi_head, select_important  # noqa: E402

@@ -37,6 +37,7 @@ def load() -> None:
 
     Raises:
         ImportError: the library is missing, was built for another torch, or another copy of it is loaded already.
+
     """
     if reason := mismatch(_C.build_config(), torch.__version__, torch.version.cuda):
         raise ImportError(reason)

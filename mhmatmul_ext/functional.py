@@ -55,6 +55,7 @@ def matmul_with_multi_head(
 
     The operation is the absorbed projection of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section
     2.1.2) and the block-diagonal linear layer of RG-LRU (Griffin, arXiv:2402.19427).
+
     """
     op = "matmul_with_multi_head"
     _check_tensors(op, input=input, weight=weight)
@@ -112,6 +113,7 @@ def select_important(
 
     Keeping a fixed number of the best tokens is Mixture-of-Depths (arXiv:2404.02258); keeping those above a threshold
     is its causal form at inference.
+
     """
     op = "select_important"
     _check_tensors(op, probs=probs)
@@ -178,6 +180,7 @@ def matmul_with_importance(
 
     Source: the token routing of Mixture-of-Depths (arXiv:2404.02258), the sparsified tokens of DynamicViT
     (arXiv:2106.02034).
+
     """
     op = "matmul_with_importance"
     _check_tensors(op, input=input, weight=weight, probs=probs)
@@ -186,12 +189,10 @@ def matmul_with_importance(
     _check_selection(op, top_p, top_k, capacity)
     if grad_output is not None:
         threshold = _threshold(op, probs, top_p)
-        return cast(
-            "Result",
-            _ops._importance_matmul_grads(
-                input, weight, probs, grad_output, num_heads, threshold, top_k, capacity
-            ),
+        output, grad_input, grad_weight, _ = _ops._importance_matmul_grads(
+            input, weight, probs, grad_output, num_heads, threshold, top_k, capacity
         )
+        return output, grad_input, grad_weight
     if capacity is not None or isinstance(top_p, Tensor):
         threshold = _threshold(op, probs, top_p)
         output = _ops._importance_matmul_tensor(input, weight, probs, num_heads, threshold, top_k, capacity)[0]
@@ -215,7 +216,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
-def _check(op: str, expected: str, accepts: Callable[[object], bool], optional: bool, values: dict[str, object]) -> None:
+def _check(
+    op: str, expected: str, accepts: Callable[[object], bool], optional: bool, values: dict[str, object]
+) -> None:
     for name, value in values.items():
         if not (accepts(value) or (optional and value is None)):
             raise TypeError(f"{op}: {name} must be {expected}{' or None' if optional else ''}, got {_type_name(value)}")
@@ -234,5 +237,11 @@ def _check_ints(op: str, *, optional: bool = False, **values: object) -> None:
 
 
 def _check_selection(op: str, top_p: object, top_k: object, capacity: object) -> None:
-    _check(op, "a number or a 0-d Tensor", lambda p: _is_number(p) or isinstance(p, Tensor), False, {"top_p": top_p})
+    _check(
+        op,
+        "a number or a 0-d Tensor",
+        lambda p: _is_number(p) or isinstance(p, Tensor),
+        False,
+        {"top_p": top_p},
+    )
     _check_ints(op, optional=True, top_k=top_k, capacity=capacity)

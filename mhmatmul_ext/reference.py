@@ -78,7 +78,7 @@ def matmul_with_importance(
         rows = input.flatten(0, 1)[places[is_token]]
         kept = matmul_with_multi_head(rows, weight, num_heads)
         output = kept.new_zeros((*places.shape, *kept.shape[1:])).index_put((is_token.nonzero()[:, 0],), kept)
-        return output.unflatten(0, indices.shape)
+        return output.reshape(*indices.shape, *output.shape[1:])
 
     if grad_output is None:
         return product(input, weight), None, None

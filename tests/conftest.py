@@ -42,7 +42,7 @@ def half_path(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
-    """Deterministic mode fills fresh memory with NaN (the largest integer), in C++ as well: nothing is read unwritten."""
+    """Deterministic mode fills fresh memory with NaN, in C++ as well, so nothing unwritten passes for a result."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all(), "uninitialised memory is not poisoned"

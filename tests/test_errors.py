@@ -41,7 +41,12 @@ def multi_head(error, text, **changes):
 
 
 def importance(error, text, **changes):
-    arguments = {"input": zeros(2, 5, 4), "weight": zeros(4, 3), "probs": zeros(2, 5), "num_heads": 2} | changes
+    arguments = {
+        "input": zeros(2, 5, 4),
+        "weight": zeros(4, 3),
+        "probs": zeros(2, 5),
+        "num_heads": 2,
+    } | changes
     return Refusal(matmul_with_importance, arguments, error, f"matmul_with_importance: {text}")
 
 
@@ -55,7 +60,11 @@ def head(error, text, **changes):
 
 
 def gather(error, text, **changes):
-    arguments = {"input": zeros(6, 2, 4), "weight": zeros(2, 4, 3), "indices": zeros(7, dtype=torch.int64)} | changes
+    arguments = {
+        "input": zeros(6, 2, 4),
+        "weight": zeros(2, 4, 3),
+        "indices": zeros(7, dtype=torch.int64),
+    } | changes
     return Refusal(ops.gather_head_matmul, arguments, error, f"gather_head_matmul: {text}")
 
 
@@ -88,7 +97,8 @@ REFUSALS = [
     multi_head(TypeError, "out must be float32 as input is, got bfloat16", out=zeros(2, 5, 2, 3, dtype=torch.bfloat16)),
     importance(TypeError, f"probs must be {FLOATS}, got bool", probs=zeros(2, 5, dtype=torch.bool)),
     importance(TypeError, "weight must be float32 as input is, got float16", weight=zeros(4, 3, dtype=HALF)),
-    importance(TypeError, "grad_output must be float32 as input is, got float16", grad_output=zeros(0, 2, 3, dtype=HALF)),
+    importance(TypeError, "grad_output must be float32 as input is, got float16",
+               grad_output=zeros(0, 2, 3, dtype=HALF)),
     select(TypeError, f"probs must be {FLOATS}, got int64", probs=zeros(2, 5, dtype=I64)),
     select(TypeError, f"top_p must be {FLOATS}, got int64", top_p=torch.tensor(1)),
     gather(TypeError, "indices must be int64, got int32", indices=zeros(7, dtype=torch.int32)),
@@ -187,7 +197,10 @@ def test_refused_while_tracing(refusal, mode):
 
 @pytest.mark.parametrize("refusal", [r for r in REFUSALS if r.error is not RuntimeError], ids=str)
 def test_refused_on_meta(refusal):
-    assert_refused(refusal, tree_map_only(torch.Tensor, lambda t: t.to("meta"), refusal.arguments))
+    def move(tensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    assert_refused(refusal, tree_map_only(torch.Tensor, move, refusal.arguments))
 
 
 @pytest.mark.gpu

@@ -53,9 +53,7 @@ def test_output_and_explicit_gradients(case, dtype, device, half_path):
     assert output.shape == (*indices.shape, 2, 5)
     grad_output = torch.randn_like(output)
     ours = matmul_with_importance(input, weight, probs, grad_output, **selection)
-    exact = reference.matmul_with_importance(
-        input.double(), weight.double(), probs, grad_output.double(), **selection
-    )
+    exact = reference.matmul_with_importance(input.double(), weight.double(), probs, grad_output.double(), **selection)
     baseline = (plain(input, weight, indices, 2), *all_gradients(input, weight, indices, 2, grad_output))
     for got, base, expected in zip(ours, baseline, exact, strict=True):
         assert got.is_contiguous()
@@ -146,7 +144,10 @@ def test_grad_output_layouts(kind, device):
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gather_with_repeats_and_padding(with_bias, dtype, device, half_path):
-    input, weight = torch.randn(6, 2, 4, dtype=dtype, device=device), torch.randn(2, 4, 5, dtype=dtype, device=device)
+    input, weight = (
+        torch.randn(6, 2, 4, dtype=dtype, device=device),
+        torch.randn(2, 4, 5, dtype=dtype, device=device),
+    )
     bias = torch.randn(2, 5, dtype=dtype, device=device) if with_bias else None
     indices = torch.tensor([3, -1, 0, 3, 5, -1, 3, 0], device=device)
     operands = [tensor.detach().requires_grad_() for tensor in (input, weight, bias) if tensor is not None]

@@ -57,7 +57,11 @@ def test_threshold_is_rounded_to_the_dtype_of_probs(dtype, device):
     """0.7 in probs passes top_p=0.7 in every dtype, though float32's 0.7 is below and bfloat16's above the number."""
     below = torch.nextafter(torch.tensor(0.7, dtype=dtype), torch.tensor(0.0, dtype=dtype))
     probs = torch.tensor([[0.7, below.item()]], dtype=dtype, device=device)
-    for top_p in [0.7, torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.7, device=device, dtype=torch.float64)]:
+    for top_p in [
+        0.7,
+        torch.tensor(0.7, dtype=torch.float64),
+        torch.tensor(0.7, device=device, dtype=torch.float64),
+    ]:
         assert select_important(probs, top_p)[0].tolist() == [0]
     assert_same_selection(probs, 0.7)
 

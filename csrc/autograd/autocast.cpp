@@ -1,5 +1,6 @@
-// Inside torch.autocast the operands are cast to the region's dtype; probs and thresholds never are, since a rounded
-// score may change sides. Gradient operators and the `out` forms take their operands as they come, as PyTorch's do.
+// Inside torch.autocast the operands are cast to the region's dtype; probs and thresholds never are, since a
+// rounded score may change sides. Gradient operators and the `out` forms take their operands as they come, as
+// PyTorch's do.
 #include "../ops.h"
 
 #include <ATen/autocast_mode.h>
@@ -55,27 +56,29 @@ template <c10::DeviceType device>
 std::tuple<Tensor, Tensor, Tensor> importance_matmul_autocast(const Tensor& input, const Tensor& weight,
                                                               const Tensor& probs, SymInt num_heads, double top_p,
                                                               std::optional<SymInt> top_k) {
-  return Below<importance_matmul>::call(cast<device>(input), cast<device>(weight), probs, std::move(num_heads),
-                                        top_p, std::move(top_k));
+  return Below<importance_matmul>::call(cast<device>(input), cast<device>(weight), probs, std::move(num_heads), top_p,
+                                        std::move(top_k));
 }
 
 template <c10::DeviceType device>
-std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor_autocast(
-    const Tensor& input, const Tensor& weight, const Tensor& probs, SymInt num_heads, const Tensor& top_p,
-    std::optional<SymInt> top_k, std::optional<SymInt> capacity) {
-  return Below<importance_matmul_tensor>::call(cast<device>(input), cast<device>(weight), probs,
-                                               std::move(num_heads), top_p, std::move(top_k), std::move(capacity));
+std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor_autocast(const Tensor& input, const Tensor& weight,
+                                                                     const Tensor& probs, SymInt num_heads,
+                                                                     const Tensor& top_p, std::optional<SymInt> top_k,
+                                                                     std::optional<SymInt> capacity) {
+  return Below<importance_matmul_tensor>::call(cast<device>(input), cast<device>(weight), probs, std::move(num_heads),
+                                               top_p, std::move(top_k), std::move(capacity));
 }
 
-// The gradients come back in the dtypes that the operands had outside the region, as autograd would give them.
+// The gradients come back in the dtypes that the operands had outside the region, as autograd would give
+// them.
 template <c10::DeviceType device>
-std::tuple<Tensor, Tensor, Tensor> importance_matmul_grads_autocast(
+std::tuple<Tensor, Tensor, Tensor, Tensor> importance_matmul_grads_autocast(
     const Tensor& input, const Tensor& weight, const Tensor& probs, const Tensor& grad_output, SymInt num_heads,
     const Tensor& top_p, std::optional<SymInt> top_k, std::optional<SymInt> capacity) {
-  auto [output, grad_input, grad_weight] = Below<importance_matmul_grads>::call(
-      cast<device>(input), cast<device>(weight), probs, cast<device>(grad_output), std::move(num_heads), top_p,
-      std::move(top_k), std::move(capacity));
-  return {output, grad_input.to(input.scalar_type()), grad_weight.to(weight.scalar_type())};
+  auto [output, grad_input, grad_weight, indices] =
+      Below<importance_matmul_grads>::call(cast<device>(input), cast<device>(weight), probs, cast<device>(grad_output),
+                                           std::move(num_heads), top_p, std::move(top_k), std::move(capacity));
+  return {output, grad_input.to(input.scalar_type()), grad_weight.to(weight.scalar_type()), indices};
 }
 
 template <c10::DeviceType device>

@@ -40,8 +40,7 @@ Tensor head_matmul_wgrad(const Tensor& grad_output, const Tensor& input) {
   return at::bmm(heads_first(input).transpose(1, 2), heads_first(grad_output));
 }
 
-std::tuple<Tensor, Tensor> head_matmul_backward(const Tensor& grad_output, const Tensor& input,
-                                                const Tensor& weight) {
+std::tuple<Tensor, Tensor> head_matmul_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight) {
   return {head_matmul(grad_output, weight.transpose(1, 2), std::nullopt), head_matmul_wgrad(grad_output, input)};
 }
 
@@ -51,12 +50,10 @@ Tensor gather_head_matmul(const Tensor& input, const Tensor& weight, const Tenso
 }
 
 Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m) {
-  const Tensor rows = head_matmul(grad_output.masked_fill(is_padding(indices), 0), weight.transpose(1, 2),
-                                  std::nullopt)
+  const Tensor rows = head_matmul(grad_output.masked_fill(is_padding(indices), 0), weight.transpose(1, 2), std::nullopt)
                           .masked_fill(is_padding(indices), 0);
   const auto sum_dtype = at::toOpMathType(rows.scalar_type());
-  const Tensor zeros =
-      at::zeros_symint({m, rows.sym_size(1), rows.sym_size(2)}, rows.options().dtype(sum_dtype));
+  const Tensor zeros = at::zeros_symint({m, rows.sym_size(1), rows.sym_size(2)}, rows.options().dtype(sum_dtype));
   if (m == 0) return zeros.to(rows.scalar_type());
   return zeros.index_add(0, indices.clamp_min(0), rows.to(sum_dtype)).to(rows.scalar_type());
 }

@@ -1,5 +1,5 @@
-// The operators written in differentiable ATen, for the modes that a C++ autograd::Function cannot serve: functorch
-// transforms (grad, vmap, jvp, ...) and forward-mode AD.
+// The operators written in differentiable ATen, for the modes that a C++ autograd::Function cannot serve:
+// functorch transforms (grad, vmap, jvp, ...) and forward-mode AD.
 #pragma once
 
 #include "../ops.h"
@@ -12,18 +12,14 @@ namespace mhmatmul::formulas {
 
 Tensor head_matmul(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
 Tensor head_matmul_wgrad(const Tensor& grad_output, const Tensor& input);
-std::tuple<Tensor, Tensor> head_matmul_backward(const Tensor& grad_output, const Tensor& input,
-                                                const Tensor& weight);
-Tensor gather_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices,
-                          const OptionalTensor& bias);
+std::tuple<Tensor, Tensor> head_matmul_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight);
+Tensor gather_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias);
 Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m);
 Tensor gather_head_matmul_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& indices);
 std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output, const Tensor& input,
                                                        const Tensor& weight, const Tensor& indices);
 
-inline bool has_tangent(const Tensor& tensor) {
-  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
-}
+inline bool has_tangent(const Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
 inline bool has_tangent(const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); }
 
 inline bool requires_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }

@@ -26,8 +26,7 @@ using torch::autograd::variable_list;
 struct GatherHeadMatmul : Function<GatherHeadMatmul> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& indices,
                         const OptionalTensor& bias) {
-    ctx->save_for_backward(
-        {kept_if(weight.requires_grad(), input), kept_if(input.requires_grad(), weight), indices});
+    ctx->save_for_backward({kept_if(weight.requires_grad(), input), kept_if(input.requires_grad(), weight), indices});
     ctx->saved_data["m"] = input.sym_size(0);
     ctx->saved_data["has_bias"] = bias.has_value();
     at::AutoDispatchBelowADInplaceOrView below;
@@ -53,8 +52,8 @@ struct GatherHeadMatmul : Function<GatherHeadMatmul> {
 };
 
 struct GatherHeadMatmulDgrad : Function<GatherHeadMatmulDgrad> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& weight,
-                        const Tensor& indices, const SymInt& m) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
+                        const SymInt& m) {
     ctx->save_for_backward(
         {kept_if(weight.requires_grad(), grad_output), kept_if(grad_output.requires_grad(), weight), indices});
     at::AutoDispatchBelowADInplaceOrView below;
@@ -73,8 +72,7 @@ struct GatherHeadMatmulDgrad : Function<GatherHeadMatmulDgrad> {
 };
 
 struct GatherHeadMatmulWgrad : Function<GatherHeadMatmulWgrad> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
-                        const Tensor& indices) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
     ctx->save_for_backward(
         {kept_if(input.requires_grad(), grad_output), kept_if(grad_output.requires_grad(), input), indices});
     ctx->saved_data["m"] = input.sym_size(0);
@@ -106,8 +104,7 @@ Tensor gather_head_matmul_dgrad_autograd(const Tensor& grad_output, const Tensor
                                          SymInt m) {
   if (formulas::needed(grad_output, weight))
     return formulas::gather_head_matmul_dgrad(grad_output, weight, indices, std::move(m));
-  if (formulas::recorded(grad_output, weight))
-    return GatherHeadMatmulDgrad::apply(grad_output, weight, indices, m);
+  if (formulas::recorded(grad_output, weight)) return GatherHeadMatmulDgrad::apply(grad_output, weight, indices, m);
   at::AutoDispatchBelowADInplaceOrView below;
   return gather_head_matmul_dgrad(grad_output, weight, indices, std::move(m));
 }

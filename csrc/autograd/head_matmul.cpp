@@ -26,8 +26,7 @@ Tensor sum_rows(const Tensor& grad_output) {
 }
 
 struct HeadMatmul : Function<HeadMatmul> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                        const OptionalTensor& bias) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
     ctx->save_for_backward(
         {formulas::kept_if(weight.requires_grad(), input), formulas::kept_if(input.requires_grad(), weight)});
     ctx->saved_data["has_bias"] = bias.has_value();
@@ -87,8 +86,7 @@ Tensor head_matmul_wgrad_autograd(const Tensor& grad_output, const Tensor& input
 
 std::tuple<Tensor, Tensor> head_matmul_backward_autograd(const Tensor& grad_output, const Tensor& input,
                                                          const Tensor& weight) {
-  if (formulas::needed(grad_output, input, weight))
-    return formulas::head_matmul_backward(grad_output, input, weight);
+  if (formulas::needed(grad_output, input, weight)) return formulas::head_matmul_backward(grad_output, input, weight);
   if (formulas::recorded(grad_output, input, weight))
     return {head_matmul(grad_output, weight.transpose(1, 2), std::nullopt), head_matmul_wgrad(grad_output, input)};
   at::AutoDispatchBelowADInplaceOrView below;
@@ -97,7 +95,8 @@ std::tuple<Tensor, Tensor> head_matmul_backward_autograd(const Tensor& grad_outp
 
 void head_matmul_out_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Tensor& out) {
   TORCH_CHECK(!formulas::recorded(input, weight, bias) && !(at::GradMode::is_enabled() && out.requires_grad()),
-              "head_matmul: out= is not differentiable, but an operand requires grad; call it under torch.no_grad() or "
+              "head_matmul: out= is not differentiable, but an operand requires grad; call it under torch.no_grad() "
+              "or "
               "without out=");
   TORCH_CHECK(!formulas::needed(input, weight, bias),
               "head_matmul: out= is not supported under torch.func transforms and forward-mode AD");

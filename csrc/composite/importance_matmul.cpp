@@ -30,23 +30,26 @@ std::tuple<Tensor, Tensor, Tensor> importance_matmul_composite(const Tensor& inp
   const auto sizes = check_importance_matmul(kName, input, weight, probs, num_heads);
   check_select(kName, probs, top_p, std::nullopt, top_k);
   const auto [indices, cu_seqlens] = select_important(probs, top_p, top_k);
-  return {gather_head_matmul(split_input(input, sizes), split_weight(weight, sizes), indices, std::nullopt),
-          indices, cu_seqlens};
+  return {gather_head_matmul(split_input(input, sizes), split_weight(weight, sizes), indices, std::nullopt), indices,
+          cu_seqlens};
 }
 
-std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor_composite(
-    const Tensor& input, const Tensor& weight, const Tensor& probs, SymInt num_heads, const Tensor& top_p,
-    std::optional<SymInt> top_k, std::optional<SymInt> capacity) {
+std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor_composite(const Tensor& input, const Tensor& weight,
+                                                                      const Tensor& probs, SymInt num_heads,
+                                                                      const Tensor& top_p, std::optional<SymInt> top_k,
+                                                                      std::optional<SymInt> capacity) {
   const auto sizes = check_importance_matmul(kName, input, weight, probs, num_heads);
   check_select(kName, probs, std::nullopt, top_p, top_k, capacity);
   const auto [indices, offsets] = select(probs, top_p, top_k, capacity);
-  Tensor output = gather_head_matmul(split_input(input, sizes), split_weight(weight, sizes),
-                                     indices.reshape({-1}), std::nullopt);
+  Tensor output =
+      gather_head_matmul(split_input(input, sizes), split_weight(weight, sizes), indices.reshape({-1}), std::nullopt);
   if (capacity) output = output.unflatten_symint(0, {input.sym_size(0), *capacity});
   return {output, indices, offsets};
 }
 
-std::tuple<Tensor, Tensor, Tensor> importance_matmul_grads_composite(
+// The selection is returned as well: under tracing its size is a symbol of its own, which a result has to
+// carry.
+std::tuple<Tensor, Tensor, Tensor, Tensor> importance_matmul_grads_composite(
     const Tensor& input, const Tensor& weight, const Tensor& probs, const Tensor& grad_output, SymInt num_heads,
     const Tensor& top_p, std::optional<SymInt> top_k, std::optional<SymInt> capacity) {
   const auto sizes = check_importance_matmul(kName, input, weight, probs, num_heads);
@@ -63,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> importance_matmul_grads_composite(
   auto [grad_input, grad_weight] = gather_head_matmul_backward(
       grad_output.reshape_symint({flat_indices.sym_size(0), sizes.nh, sizes.e}), rows, heads, flat_indices);
   if (capacity) output = output.unflatten_symint(0, {input.sym_size(0), *capacity});
-  return {output, grad_input.view_symint(input.sym_sizes()), grad_weight.view_symint(weight.sym_sizes())};
+  return {output, grad_input.view_symint(input.sym_sizes()), grad_weight.view_symint(weight.sym_sizes()), indices};
 }
 
 Tensor threshold(std::string_view op, const Tensor& probs, double top_p) {

@@ -27,8 +27,7 @@ Tensor gather_head_matmul_cpu(const Tensor& input, const Tensor& weight, const T
   return output;
 }
 
-Tensor gather_head_matmul_dgrad_cpu(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
-                                    int64_t m) {
+Tensor gather_head_matmul_dgrad_cpu(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m) {
   check_head_matmul_backward("_gather_head_matmul_dgrad", grad_output, std::nullopt, weight, indices, SymInt(m));
   const CheckedIndices checked("_gather_head_matmul_dgrad", indices, m);
   return cpu::dgrad(grad_output, weight, checked.data(), m);

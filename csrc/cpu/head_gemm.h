@@ -1,11 +1,13 @@
-// The head-wise products on CPU, over ATen's batched matmul: three uses of one GEMM, rows optionally named by index.
+// The head-wise products on CPU, over ATen's batched matmul: three uses of one GEMM, rows optionally named by
+// index.
 #pragma once
 
 #include "../ops.h"
 
 namespace mhmatmul::cpu {
 
-// Rows [m, nh, hd], or those of them that `indices` names (nullptr: all, in order). Indices have been checked.
+// Rows [m, nh, hd], or those of them that `indices` names (nullptr: all, in order). Indices have been
+// checked.
 struct Rows {
   Tensor tensor;
   const int64_t* indices = nullptr;
@@ -20,7 +22,8 @@ struct Rows {
         any_padding(padding) {}
 };
 
-// output[r] = rows[r] weight + bias, rounded once; output [count, nh, e] with any strides; padding rows are zeros.
+// output[r] = rows[r] weight + bias, rounded once; output [count, nh, e] with any strides; padding rows are
+// zeros.
 void forward(const Rows& rows, const Tensor& weight, const OptionalTensor& bias, const Tensor& output);
 
 // grad_input [m, nh, hd] of `rows`' source: at each row the sum of grad_output[r] weight^T, in ascending r.
@@ -29,8 +32,9 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const int64_t* ind
 // grad_weight [nh, hd, e]: the sum over r of rows[r]^T grad_output[r].
 Tensor wgrad(const Tensor& grad_output, const Rows& rows);
 
-// How half types are multiplied: "float32" converts blocks of rows and rounds at the store; "native" hands them to
-// ATen as they are, which is faster on CPUs with half-precision instructions and 50-100 times slower on others.
+// How half types are multiplied: "float32" converts blocks of rows and rounds at the store; "native" hands
+// them to ATen as they are, which is faster on CPUs with half-precision instructions and 50-100 times slower
+// on others.
 const char* half_path();
 bool set_half_path(const char* name);
 

@@ -34,8 +34,7 @@ std::tuple<Tensor, Tensor> head_matmul_backward_cpu(const Tensor& grad_output, c
                                                     const Tensor& weight) {
   check_head_matmul_backward("_head_matmul_backward", grad_output, input, weight);
   Tensor grad_input = at::empty(input.sizes(), input.options());
-  cpu::forward(cpu::Rows(flatten_rows(grad_output)), weight.transpose(1, 2), std::nullopt,
-               flatten_rows(grad_input));
+  cpu::forward(cpu::Rows(flatten_rows(grad_output)), weight.transpose(1, 2), std::nullopt, flatten_rows(grad_input));
   return {grad_input, cpu::wgrad(flatten_rows(grad_output), cpu::Rows(flatten_rows(input)))};
 }
 

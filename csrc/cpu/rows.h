@@ -6,10 +6,11 @@
 
 namespace mhmatmul::cpu {
 
-// to[r, :] = from[indices[r], :] for r in [begin, end); rows of `width` elements, `from_stride` apart in `from`.
+// to[r, :] = from[indices[r], :] for r in [begin, end); rows of `width` elements, `from_stride` apart in
+// `from`.
 template <class T>
-void gather_rows(const T* from, int64_t from_stride, const int64_t* indices, int64_t begin, int64_t end,
-                 int64_t width, T* to) {
+void gather_rows(const T* from, int64_t from_stride, const int64_t* indices, int64_t begin, int64_t end, int64_t width,
+                 T* to) {
   for (int64_t r = begin; r < end; ++r) {
     T* const row = to + r * width;
     if (indices[r] < 0) {
@@ -20,8 +21,8 @@ void gather_rows(const T* from, int64_t from_stride, const int64_t* indices, int
   }
 }
 
-// to[indices[r], c] += from[r, c] for columns c in [begin, end), rows in ascending order: the sum of repeated rows has
-// one order, however the columns are shared out.
+// to[indices[r], c] += from[r, c] for columns c in [begin, end), rows in ascending order: the sum of repeated
+// rows has one order, however the columns are shared out.
 template <class T>
 void add_rows(const T* from, const int64_t* indices, int64_t t, int64_t begin, int64_t end, int64_t width, T* to) {
   for (int64_t r = 0; r < t; ++r) {

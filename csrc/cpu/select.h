@@ -1,4 +1,5 @@
-// Selection in one row: find the rule, then write positions by it. No sort; at most one nth_element over the survivors.
+// Selection in one row: find the rule, then write positions by it. No sort; at most one nth_element over the
+// survivors.
 #pragma once
 
 #include "../selection_rule.h"
@@ -13,8 +14,7 @@ namespace mhmatmul::cpu {
 // `survivors` is scratch memory.
 template <class Format>
 SelectionRule<Format> find_rule(const typename Format::Bits* row, int64_t stride, int64_t s,
-                                typename Format::Bits top_p, int64_t k,
-                                std::vector<typename Format::Bits>& survivors) {
+                                typename Format::Bits top_p, int64_t k, std::vector<typename Format::Bits>& survivors) {
   auto rule = SelectionRule<Format>::from_threshold(top_p);
   for (int64_t j = 0; j < s; ++j) rule.candidates += rule.admits(score_key<Format>(row[j * stride]));
   rule.count = std::min(rule.candidates, k);
@@ -35,8 +35,8 @@ SelectionRule<Format> find_rule(const typename Format::Bits* row, int64_t stride
 
 // Writes `first + j` for every kept position j of the row, ascending.
 template <class Format>
-void write_kept(const typename Format::Bits* row, int64_t stride, int64_t s, SelectionRule<Format> rule,
-                int64_t first, int64_t* indices) {
+void write_kept(const typename Format::Bits* row, int64_t stride, int64_t s, SelectionRule<Format> rule, int64_t first,
+                int64_t* indices) {
   for (int64_t j = 0; j < s; ++j) {
     const auto key = score_key<Format>(row[j * stride]);
     if (!rule.admits(key)) continue;

@@ -16,9 +16,9 @@ class FullPrecisionSums {
  public:
   explicit FullPrecisionSums(cublasHandle_t handle) : handle_(handle) {
     check(cublasGetMathMode(handle_, &mode_), "cublasGetMathMode");
-    check(cublasSetMathMode(handle_, static_cast<cublasMath_t>(
-                                         mode_ | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)),
-          "cublasSetMathMode");
+    check(
+        cublasSetMathMode(handle_, static_cast<cublasMath_t>(mode_ | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)),
+        "cublasSetMathMode");
   }
   ~FullPrecisionSums() { cublasSetMathMode(handle_, mode_); }
   FullPrecisionSums(const FullPrecisionSums&) = delete;
@@ -40,12 +40,13 @@ void run(cublasHandle_t handle, const BatchedGemm& gemm) {
   const void* const beta = is_double ? static_cast<const void*>(&beta_double) : &beta_float;
   const auto operation = [](const Operand& operand) { return operand.transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
 
-  // cuBLAS is column-major: there C^T = B^T A^T, and a row-major matrix is read as its transpose without moving it.
-  check(cublasGemmStridedBatchedEx_64(
-            handle, operation(gemm.b), operation(gemm.a), gemm.n, gemm.m, gemm.k, one, gemm.b.data,
-            gemm.operand_type, gemm.b.ld, gemm.b.batch_stride, gemm.a.data, gemm.operand_type, gemm.a.ld,
-            gemm.a.batch_stride, beta, gemm.c, gemm.c_type, gemm.ldc, gemm.c_batch_stride, gemm.batch,
-            is_double ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+  // cuBLAS is column-major: there C^T = B^T A^T, and a row-major matrix is read as its transpose without
+  // moving it.
+  check(cublasGemmStridedBatchedEx_64(handle, operation(gemm.b), operation(gemm.a), gemm.n, gemm.m, gemm.k, one,
+                                      gemm.b.data, gemm.operand_type, gemm.b.ld, gemm.b.batch_stride, gemm.a.data,
+                                      gemm.operand_type, gemm.a.ld, gemm.a.batch_stride, beta, gemm.c, gemm.c_type,
+                                      gemm.ldc, gemm.c_batch_stride, gemm.batch,
+                                      is_double ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
         "cublasGemmStridedBatchedEx");
 }
 

@@ -1,4 +1,5 @@
-// Batched GEMM over cuBLAS, row-major and without Tensor: C_i = A_i B_i, or C_i += A_i B_i, for i in [0, batch).
+// Batched GEMM over cuBLAS, row-major and without Tensor: C_i = A_i B_i, or C_i += A_i B_i, for i in [0,
+// batch).
 #pragma once
 
 #include <cublas_v2.h>
@@ -7,8 +8,8 @@
 
 namespace mhmatmul::cuda {
 
-// One operand: rows `ld` elements apart, matrices `batch_stride` apart; transposed: what lies in memory is the
-// operand's transpose.
+// One operand: rows `ld` elements apart, matrices `batch_stride` apart; transposed: what lies in memory is
+// the operand's transpose.
 struct Operand {
   const void* data;
   int64_t ld, batch_stride;
@@ -24,8 +25,9 @@ struct BatchedGemm {
   bool accumulates;                     // add to C instead of overwriting it
 };
 
-// On the handle's stream. Half types are summed in float32 throughout and rounded at the store; float32 follows the
-// handle's math mode. m, n and batch are positive. Throws std::runtime_error with cuBLAS's own words.
+// On the handle's stream. Half types are summed in float32 throughout and rounded at the store; float32
+// follows the handle's math mode. m, n and batch are positive. Throws std::runtime_error with cuBLAS's own
+// words.
 void run(cublasHandle_t handle, const BatchedGemm& gemm);
 
 }  // namespace mhmatmul::cuda

@@ -9,8 +9,8 @@
 namespace mhmatmul::cuda {
 namespace {
 
-// The matrices tensor[.., batch, ..] of rows along `row` and columns along `column`, as they lie in memory; `tensor` is
-// replaced by a contiguous copy where cuBLAS cannot read it in place.
+// The matrices tensor[.., batch, ..] of rows along `row` and columns along `column`, as they lie in memory;
+// `tensor` is replaced by a contiguous copy where cuBLAS cannot read it in place.
 Operand operand(Tensor& tensor, int64_t batch, int64_t row, int64_t column) {
   const auto readable = [&](int64_t outer, int64_t inner) {
     const bool inner_is_dense = tensor.stride(inner) == 1 || tensor.size(inner) == 1;

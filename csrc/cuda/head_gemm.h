@@ -5,8 +5,8 @@
 
 namespace mhmatmul::cuda {
 
-// output[r] = rows[r] weight + bias: rows [M, nh, hd], weight [nh, hd, e], output [M, nh, e] with stride 1 in the last
-// dimension, of the rows' dtype or float32.
+// output[r] = rows[r] weight + bias: rows [M, nh, hd], weight [nh, hd, e], output [M, nh, e] with stride 1 in
+// the last dimension, of the rows' dtype or float32.
 void forward(const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, const Tensor& output);
 
 // grad_weight [nh, hd, e]: the sum over r of rows[r]^T grad_output[r].

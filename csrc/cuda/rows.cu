@@ -1,4 +1,5 @@
-// One warp per row, all kernels; lanes run along the row, in the widest words that its size and address allow.
+// One warp per row, all kernels; lanes run along the row, in the widest words that its size and address
+// allow.
 #include "rows.h"
 
 #include <cuda_bf16.h>

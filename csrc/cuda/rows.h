@@ -1,5 +1,5 @@
-// Launchers of the kernels that move rows by index. No Tensor: pointers, sizes in elements, on the stream given. An
-// index outside [0, m), -1 above all, names no row: it reads as zeros and adds nothing.
+// Launchers of the kernels that move rows by index. No Tensor: pointers, sizes in elements, on the stream
+// given. An index outside [0, m), -1 above all, names no row: it reads as zeros and adds nothing.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,8 @@
 
 namespace mhmatmul::cuda {
 
-// to[r, :] = from[indices[r], :]; rows of `width` elements of `element_size` bytes, `from_stride` apart in `from`.
+// to[r, :] = from[indices[r], :]; rows of `width` elements of `element_size` bytes, `from_stride` apart in
+// `from`.
 void gather_rows(const void* from, int64_t from_stride, const int64_t* indices, int64_t t, int64_t m, int64_t width,
                  int64_t element_size, void* to, cudaStream_t stream);
 
@@ -18,8 +19,9 @@ void mask_rows(const void* from, int64_t from_stride, const int64_t* indices, in
 
 enum class Dtype { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
-// to[j, :] = the sum of from[order[p], :] over the places p with sorted[p] = j, in that order, rounded once to `dtype`;
-// zeros where there is none. `sorted` ascends; `from` holds `width` float32 per row (float64 for kFloat64).
+// to[j, :] = the sum of from[order[p], :] over the places p with sorted[p] = j, in that order, rounded once
+// to `dtype`; zeros where there is none. `sorted` ascends; `from` holds `width` float32 per row (float64 for
+// kFloat64).
 void sum_rows(const void* from, const int64_t* sorted, const int64_t* order, int64_t t, int64_t m, int64_t width,
               Dtype dtype, void* to, cudaStream_t stream);
 

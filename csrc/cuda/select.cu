@@ -1,12 +1,14 @@
 // One block per row, both kernels.
 //
-// find_rules reads the row once to count the scores that reach the threshold. Only where they outnumber k does it go
-// on: the k-th highest key is found digit by digit from the top, each pass a histogram of the next eight bits over the
-// candidates that agree with the digits found so far. Counts are integers, so the order of the atomics is of no matter.
+// find_rules reads the row once to count the scores that reach the threshold. Only where they outnumber k
+// does it go on: the k-th highest key is found digit by digit from the top, each pass a histogram of the next
+// eight bits over the candidates that agree with the digits found so far. Counts are integers, so the order
+// of the atomics is of no matter.
 //
-// write_kept walks the row in tiles of one score per thread. Invariant before each tile: `above` and `ties` count the
-// scores over and equal to the rule's key in the tiles before. A block-wide exclusive sum of both, packed in one word,
-// gives every kept score its place, so positions come out ascending and the first ties win.
+// write_kept walks the row in tiles of one score per thread. Invariant before each tile: `above` and `ties`
+// count the scores over and equal to the rule's key in the tiles before. A block-wide exclusive sum of both,
+// packed in one word, gives every kept score its place, so positions come out ascending and the first ties
+// win.
 #include "select.h"
 
 #include <cub/block/block_reduce.cuh>
@@ -60,8 +62,7 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();
       for (int64_t j = threadIdx.x; j < scores.s; j += kThreads) {
         const Bits key = score_key<Format>(data[j * scores.stride]);
-        if (threshold.admits(key) && (key & found) == prefix)
-          atomicAdd(&histogram[(key >> shift) & (kDigits - 1)], 1u);
+        if (threshold.admits(key) && (key & found) == prefix) atomicAdd(&histogram[(key >> shift) & (kDigits - 1)], 1u);
       }
       __syncthreads();
       if (threadIdx.x == 0) {
@@ -105,8 +106,7 @@ __global__ void __launch_bounds__(kThreads)
 
     const int64_t ties_before = ties + (before >> 16);
     if (is_above || (is_tie && ties_before < rule.ties)) {
-      const int64_t place =
-          above + (before & 0xFFFFu) + (ties_before < rule.ties ? ties_before : rule.ties);
+      const int64_t place = above + (before & 0xFFFFu) + (ties_before < rule.ties ? ties_before : rule.ties);
       out[place] = row * scores.s + j;
     }
     above += total & 0xFFFFu;
@@ -132,9 +132,9 @@ void write_kept(const Scores<Format>& scores, const SelectionRule<Format>* rules
       <<<static_cast<unsigned int>(scores.b), kThreads, 0, stream>>>(scores, rules, starts, capacity, indices);
 }
 
-#define INSTANTIATE(Format)                                                                                     \
-  template void find_rules<Format>(const Scores<Format>&, const Threshold<Format>&, int64_t, int64_t,           \
-                                   SelectionRule<Format>*, int64_t*, cudaStream_t);                             \
+#define INSTANTIATE(Format)                                                                                      \
+  template void find_rules<Format>(const Scores<Format>&, const Threshold<Format>&, int64_t, int64_t,            \
+                                   SelectionRule<Format>*, int64_t*, cudaStream_t);                              \
   template void write_kept<Format>(const Scores<Format>&, const SelectionRule<Format>*, const int64_t*, int64_t, \
                                    int64_t*, cudaStream_t)
 INSTANTIATE(Float64);

@@ -21,13 +21,14 @@ struct Threshold {
   const typename Format::Bits* pointer;
 };
 
-// Each row's rule for score >= top_p and among the k highest, and min(candidates, count_limit) into counts[row].
+// Each row's rule for score >= top_p and among the k highest, and min(candidates, count_limit) into
+// counts[row].
 template <class Format>
 void find_rules(const Scores<Format>& scores, const Threshold<Format>& top_p, int64_t k, int64_t count_limit,
                 SelectionRule<Format>* rules, int64_t* counts, cudaStream_t stream);
 
-// Each row's kept positions (row * s + j), ascending: from starts[row] on; or, without `starts`, from row * capacity
-// on and padded with -1 to `capacity` places.
+// Each row's kept positions (row * s + j), ascending: from starts[row] on; or, without `starts`, from row *
+// capacity on and padded with -1 to `capacity` places.
 template <class Format>
 void write_kept(const Scores<Format>& scores, const SelectionRule<Format>* rules, const int64_t* starts,
                 int64_t capacity, int64_t* indices, cudaStream_t stream);

@@ -1,5 +1,5 @@
-// mhmatmul_ext._C: introspection. It knows no torch, so it can be asked what torch the operators' library was built
-// for before that library is loaded.
+// mhmatmul_ext._C: introspection. It knows no torch, so it can be asked what torch the operators' library was
+// built for before that library is loaded.
 #include "../introspection.h"
 
 #include <dlfcn.h>

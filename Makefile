@@ -1,0 +1,52 @@
+# Everything works from a bare clone: each target makes the environment it needs.
+#   make test TORCH=torch==2.11.0    another torch (in an environment of its own: VENV=path)
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+CUDA_TORCH ?= torch==2.11.0
+CUDA_VENV ?= .venv-cuda
+
+CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+BUILD_INPUTS = setup.py pyproject.toml $(CPP) $(wildcard backend/*.py mhmatmul_ext/*.py mhmatmul_ext/*.pyi)
+
+.PHONY: help demo test test-cuda-build lint format clean
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+demo: $(VENV)/built  ## the main job on real text, checked and timed
+	$(VENV)/bin/python examples/important_words.py
+
+test: $(VENV)/built  ## the whole test suite
+	$(VENV)/bin/pytest tests
+
+test-cuda-build: export FORCE_CUDA = 1
+test-cuda-build: export TORCH_CUDA_ARCH_LIST = 9.0
+test-cuda-build:  ## compile and link for CUDA (no GPU needed), then the test suite on that build
+	$(MAKE) $(CUDA_VENV)/built VENV=$(CUDA_VENV) TORCH=$(CUDA_TORCH)
+	$(CUDA_VENV)/bin/pytest tests
+
+lint: $(VENV)/built  ## ruff, clang-format, mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(VENV)/bin/mypy
+
+format: $(VENV)/built  ## rewrite the sources as lint wants them
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+clean:  ## remove everything built and installed
+	rm -rf build dist *.egg-info mhmatmul_ext/*.so $(VENV) $(CUDA_VENV)
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install $(TORCH)
+	touch $@
+
+# Not editable: what is tested is what users install, and two environments cannot overwrite each other's binaries.
+$(VENV)/built: $(VENV)/torch $(BUILD_INPUTS)
+	@echo "Building mhmatmul_ext in $(VENV): one to four minutes ..."
+	$(VENV)/bin/pip install '.[lint,test]'
+	cd $(VENV) && bin/python -m mhmatmul_ext info
+	touch $@

@@ -1,0 +1,230 @@
+"""The binaries, the build and the installation."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import CUDA_HOME
+
+import mhmatmul_ext
+from mhmatmul_ext import _C, _load
+from mhmatmul_ext.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+OPERATORS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mhmatmul::"))
+CONTRACT = {
+    "head_matmul(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
+    "multi_head_matmul(Tensor input, Tensor weight, SymInt num_heads) -> Tensor",
+    "select_important(Tensor probs, float top_p=1., SymInt? top_k=None) -> (Tensor indices, Tensor cu_seqlens)",
+    "gather_head_matmul(Tensor input, Tensor weight, Tensor indices, Tensor? bias=None) -> Tensor",
+    "select_important_static(Tensor probs, Tensor top_p, SymInt? top_k, SymInt capacity) -> "
+    "(Tensor indices, Tensor counts)",
+    "importance_matmul(Tensor input, Tensor weight, Tensor probs, SymInt num_heads, float top_p=1., "
+    "SymInt? top_k=None) -> (Tensor output, Tensor indices, Tensor cu_seqlens)",
+}
+
+
+def has_kernel(name, key):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def run(*command, **kwargs):
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **kwargs)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def test_schemas_are_those_of_the_contract():
+    names = [name.removeprefix("mhmatmul::") for name in OPERATORS]
+    public = {str(getattr(torch.ops.mhmatmul, name).default._schema) for name in names if not name.startswith("_")}
+    assert public == {f"mhmatmul::{schema}" for schema in CONTRACT}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_has_kernels(name):
+    if has_kernel(name, "CompositeImplicitAutograd"):
+        return  # made of operators that are in this list as well
+    assert has_kernel(name, "CPU")
+    assert has_kernel(name, "Meta")
+    assert has_kernel(name, "Autograd")
+    if _C.build_config()["cuda"]:
+        assert has_kernel(name, "CUDA")
+
+
+def test_operators_library_holds_no_python_symbol():
+    symbols = run("nm", "--dynamic", "--undefined-only", _load.LIBRARY)
+    assert "c10" in symbols
+    assert not re.findall(r"\b_?Py[A-Z]\w*|THPVariable\w*", symbols)
+    assert "torch_python" not in run("readelf", "--dynamic", _load.LIBRARY)
+
+
+def test_operators_library_serves_without_the_package(tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text(
+        f"import sys, torch\n"
+        f"torch.ops.load_library({str(_load.LIBRARY)!r})\n"
+        f"output = torch.ops.mhmatmul.multi_head_matmul(torch.ones(2, 5, 4), torch.ones(4, 3), 2)\n"
+        f"assert (output == 2).all() and 'mhmatmul_ext' not in sys.modules\n"
+    )
+    run(sys.executable, script, cwd=tmp_path)
+
+
+def test_a_second_copy_is_refused(tmp_path):
+    copy = shutil.copy(_load.LIBRARY, tmp_path / "copy.so")
+    script = tmp_path / "twice.py"
+    script.write_text(
+        f"import torch\ntorch.ops.load_library({str(copy)!r})\n"
+        "try:\n    import mhmatmul_ext\nexcept ImportError as error:\n    print(error)\n"
+    )
+    assert "load only one copy of mhmatmul_ext in a process" in run(sys.executable, script, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("built", "running", "expected"),
+    [
+        (("2.13.0+cpu", None), ("2.13.0+cpu", None), None),
+        (("2.13.0+cpu", None), ("2.13.0+cu130", "13.0"), None),  # CPU kernels are the same in both
+        (("2.11.0+cu130", "13.0"), ("2.11.0+cu130", "13.0"), None),
+        (("2.13.0", None), ("2.15.0", None), "mhmatmul_ext was built for torch 2.13.0, running 2.15.0: reinstall with"),
+        (("2.11.0", "13.0"), ("2.11.0", "12.8"), "with CUDA 13.0, running one with CUDA 12.8: reinstall with"),
+        (("2.11.0", "13.0"), ("2.11.0", None), "with CUDA 13.0, running one with no CUDA: reinstall with"),
+    ],
+)
+def test_another_torch_is_refused_in_a_sentence(built, running, expected):
+    reason = _load.mismatch({**_C.build_config(), "torch": built[0], "cuda": built[1]}, *running)
+    assert reason is None if expected is None else expected in reason
+
+
+def test_the_check_comes_before_loading(tmp_path):
+    script = tmp_path / "mismatch.py"
+    script.write_text(
+        "import torch\ntorch.__version__ = '9.9.0'\n"
+        "try:\n    import mhmatmul_ext\nexcept ImportError as error:\n    print(error)\n"
+        "print(any(n.startswith('mhmatmul::') for n in torch._C._dispatch_get_all_op_names()))\n"
+    )
+    message, loaded = run(sys.executable, script, cwd=tmp_path).splitlines()
+    assert re.fullmatch(r"mhmatmul_ext was built for torch [\d.]+, running 9\.9\.0: reinstall with .*", message)
+    assert loaded == "False"
+
+
+def test_half_path_can_be_forced(half_path):
+    assert _C.cpu_half_path() == half_path
+    with pytest.raises(ValueError, match="name must be 'float32' or 'native', got 'fast'"):
+        _C.set_cpu_half_path("fast")
+    assert _C.cpu_half_path() == half_path
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for expected in [
+        mhmatmul_ext.__version__,
+        torch.__version__,
+        _C.build_config()["torch"],
+        "CPU capability",
+        *OPERATORS,
+    ]:
+        assert expected in text
+
+
+def test_wrong_usage_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["inform"])
+    assert caught.value.code == 2
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_cuda_library_has_code_for_the_architectures():
+    """Needs a CUDA build; cuobjdump comes with torch's triton."""
+    architectures = _C.build_config()["cuda_architectures"]
+    if not architectures:
+        pytest.skip("built without CUDA")
+    triton = pytest.importorskip("triton", reason="no triton to take cuobjdump from")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listing = run(cuobjdump, "--list-elf", _load.LIBRARY)
+    for architecture in re.findall(r"(\d+)\.(\d+)", architectures):
+        assert f"sm_{''.join(architecture)}" in listing
+    kernels = run(cuobjdump, "--dump-elf-symbols", _load.LIBRARY)
+    for kernel in ["find_rules_kernel", "write_kept_kernel", "copy_rows_kernel", "sum_rows_kernel"]:
+        assert kernel in kernels
+
+
+@pytest.mark.slow
+def test_cmake_builds_the_same_sources(tmp_path):
+    prefix = torch.utils.cmake_prefix_path
+    if torch.version.cuda and not Path(CUDA_HOME or "", "include", "cublas_v2.h").exists():
+        pytest.skip("find_package(Torch) of a CUDA torch needs the whole CUDA toolkit")
+    run("cmake", "-S", ROOT, "-B", tmp_path, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_BUILD_TYPE=Debug")
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    compiled = {str(Path(command["file"]).relative_to(ROOT)) for command in commands}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
+    assert compiled == {path for path in expected if not path.startswith(("csrc/cuda/", "csrc/python/"))}
+
+    run("cmake", "--build", tmp_path, "--parallel", os.cpu_count())
+    script = tmp_path / "load.py"
+    script.write_text(
+        f"import torch\ntorch.ops.load_library({str(tmp_path / 'libmhmatmul.so')!r})\n"
+        "assert torch.ops.mhmatmul.multi_head_matmul(torch.ones(5, 4), torch.ones(4, 3), 2).eq(2).all()\n"
+    )
+    run(sys.executable, script, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_sdist_needs_no_torch(tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, 'backend'); sys.modules['torch'] = None\n"
+        "import mhmatmul_build\n"
+        f"print(mhmatmul_build.build_sdist({str(tmp_path)!r}))\n"
+    )
+    source = shutil.copytree(
+        ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so")
+    )
+    name = run(sys.executable, "-c", script, cwd=source).splitlines()[-1]
+    with tarfile.open(tmp_path / name) as archive:
+        files = {member.name.partition("/")[2] for member in archive.getmembers()}
+    assert {"setup.py", "backend/mhmatmul_build.py", "csrc/ops.cpp", "csrc/cuda/select.cu", "csrc/checks.h"} <= files
+    assert not any(file.endswith(".so") for file in files)
+
+
+def test_build_requires_torch_only_where_there_is_none(tmp_path):
+    script = (
+        "import sys, sysconfig; sys.path.insert(0, 'backend')\n"
+        "if sys.argv[1] == 'without': sysconfig.get_path = lambda *_, **__: '/nonexistent'\n"
+        "import mhmatmul_build\nprint(mhmatmul_build._requirements())\n"
+    )
+    assert run(sys.executable, "-c", script, "with", cwd=ROOT).strip() == "[]"
+    assert run(sys.executable, "-c", script, "without", cwd=ROOT).strip() == "['torch>=2.11']"
+
+
+@pytest.mark.parametrize(
+    ("environment", "torch_cuda", "toolkit", "reason"),
+    [
+        ({"FORCE_CUDA": "0"}, "13.0", "13.0", "FORCE_CUDA=0"),
+        ({}, None, "13.0", "this torch is built without CUDA"),
+        ({}, "13.0", None, r"no nvcc was found \(PATH, CUDA_HOME\)"),
+        ({}, "13.0", "12.8", "nvcc is of CUDA 12.8, torch of CUDA 13.0: their major versions differ"),
+        ({}, "13.0", "13.2", None),
+    ],
+)
+def test_why_cpu_only(environment, torch_cuda, toolkit, reason, tmp_path, monkeypatch):
+    monkeypatch.delenv("FORCE_CUDA", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if toolkit:
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {toolkit}, V{toolkit}.1'\n")
+        nvcc.chmod(0o755)
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    got = setup["why_cpu_only"](torch_cuda, str(tmp_path) if toolkit else None)
+    assert (got is None) if reason is None else re.fullmatch(reason, got)
