@@ -80,7 +80,7 @@ def test_operators_library_serves_without_the_package(tmp_path):
 
 
 def test_a_second_copy_is_refused(tmp_path):
-    copy = shutil.copy(_load.LIBRARY, tmp_path / "copy.so")
+    copy = shutil.copy(_load.LIBRARY, tmp_path / "second.so")
     script = tmp_path / "twice.py"
     script.write_text(
         f"import torch\ntorch.ops.load_library({str(copy)!r})\n"
