@@ -3,6 +3,8 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <array>
+#include <charconv>
 #include <limits>
 #include <string>
 #include <vector>
@@ -18,6 +20,16 @@ struct Axis {
 using Axes = std::vector<Axis>;
 
 std::string dtype_name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
+
+// Messages are put together from strings alone: a library that carries a C++ runtime of its own, as some toolchains
+// link it, may not hand its streams to torch's for formatting.
+std::string text(int64_t number) { return std::to_string(number); }
+
+std::string text(double number) {
+  std::array<char, 32> digits;
+  const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), number).ptr;
+  return {digits.data(), end};
+}
 
 std::string text(const SymInt& size) {
   const auto known = size.maybe_as_int();
@@ -81,8 +93,8 @@ void check_operand_dtype(std::string_view op, const char* name, const Tensor& te
 
 void check_device_of(std::string_view op, const char* name, const Tensor& tensor, const char* reference_name,
                      const Tensor& reference) {
-  TORCH_CHECK(tensor.device() == reference.device(), op, ": ", name, " must be on ", reference.device(), " as ",
-              reference_name, " is, got ", tensor.device());
+  TORCH_CHECK(tensor.device() == reference.device(), op, ": ", name, " must be on ", reference.device().str(), " as ",
+              reference_name, " is, got ", tensor.device().str());
 }
 
 // `tensor` is an operand beside `reference`: of the same dtype, on the same device.
@@ -185,13 +197,14 @@ void check_select(std::string_view op, const Tensor& probs, std::optional<double
   check_operand_dtype(op, "probs", probs);
   check_shape(op, "probs", probs, {{"b"}, {"s"}});
   if (top_p_value)
-    TORCH_CHECK_VALUE(*top_p_value >= 0 && *top_p_value <= 1, op, ": top_p must be in [0, 1], got ", *top_p_value);
+    TORCH_CHECK_VALUE(*top_p_value >= 0 && *top_p_value <= 1, op, ": top_p must be in [0, 1], got ",
+                      text(*top_p_value));
   if (top_p) {
     check_operand_dtype(op, "top_p", *top_p);
     TORCH_CHECK_VALUE(top_p->dim() == 0, op, ": top_p must be a number or a 0-d tensor, got a tensor ",
                       text(top_p->sym_sizes()));
     TORCH_CHECK(top_p->device().is_cpu() || top_p->device() == probs.device(), op, ": top_p must be on cpu or ",
-                probs.device(), " as probs is, got ", top_p->device());
+                probs.device().str(), " as probs is, got ", top_p->device().str());
   }
   const SymInt s = probs.sym_size(1);
   if (top_k)
@@ -223,8 +236,8 @@ void check_importance_grad(std::string_view op, const Tensor& grad_output, const
 bool check_indices(std::string_view op, const int64_t* indices, int64_t t, int64_t m) {
   bool any_padding = false;
   for (int64_t r = 0; r < t; ++r) {
-    TORCH_CHECK_INDEX(indices[r] >= -1 && indices[r] < m, op, ": indices must be in [-1, m) = [-1, ", m, "), got ",
-                      indices[r], " at position ", r);
+    TORCH_CHECK_INDEX(indices[r] >= -1 && indices[r] < m, op, ": indices must be in [-1, m) = [-1, ", text(m),
+                      "), got ", text(indices[r]), " at position ", text(r));
     any_padding |= indices[r] < 0;
   }
   return any_padding;
@@ -232,7 +245,7 @@ bool check_indices(std::string_view op, const int64_t* indices, int64_t t, int64
 
 void check_kept(std::string_view op, int64_t t) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK_VALUE(t <= kMost, op, ": cu_seqlens is int32 and can count ", kMost, " kept tokens, got ", t);
+  TORCH_CHECK_VALUE(t <= kMost, op, ": cu_seqlens is int32 and can count ", text(kMost), " kept tokens, got ", text(t));
 }
 
 TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -195,23 +195,28 @@ def test_refused_while_tracing(refusal, mode):
         assert_refused(refusal, tree_map_only(torch.Tensor, fake.from_tensor, refusal.arguments))
 
 
+def moved(arguments, device):
+    """The tensors on another device, strides and all; those that are elsewhere already stay there."""
+
+    def move(tensor):
+        if tensor.is_meta:
+            return tensor
+        copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return copy.copy_(tensor)
+
+    return tree_map_only(torch.Tensor, move, arguments)
+
+
 @pytest.mark.parametrize("refusal", [r for r in REFUSALS if r.error is not RuntimeError], ids=str)
 def test_refused_on_meta(refusal):
-    def move(tensor):
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-    assert_refused(refusal, tree_map_only(torch.Tensor, move, refusal.arguments))
+    assert_refused(refusal, moved(refusal.arguments, "meta"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("refusal", REFUSALS, ids=str)
 def test_refused_on_cuda(refusal):
-    def move(tensor):
-        return tensor if tensor.is_meta else tensor.cuda()
-
-    on_cuda = Refusal(refusal.function, {}, refusal.error, refusal.text.replace("on cpu as", "on cuda:0 as")
-                      .replace("on cpu or cpu", "on cpu or cuda:0"))  # fmt: skip
-    assert_refused(on_cuda, tree_map_only(torch.Tensor, move, refusal.arguments))
+    text = refusal.text.replace("on cpu as", "on cuda:0 as").replace("on cpu or cpu", "on cpu or cuda:0")
+    assert_refused(replace(refusal, text=text), moved(refusal.arguments, "cuda"))
 
 
 def test_wrong_number_of_kept_rows():
