@@ -13,8 +13,8 @@ BUILD_INPUTS = setup.py pyproject.toml $(CPP) $(wildcard backend/*.py mhmatmul_e
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
-demo: $(VENV)/built  ## the main job on real text, checked and timed
-	$(VENV)/bin/python examples/important_words.py
+demo: $(VENV)/built  ## the main job on real text, checked and timed; TEXT=file for your own
+	$(VENV)/bin/python examples/important_words.py $(TEXT)
 
 test: $(VENV)/built  ## the whole test suite
 	$(VENV)/bin/pytest tests

@@ -91,13 +91,14 @@ def build_arguments() -> dict[str, Any]:
     if cuda_home is not None:
         os.environ["CUDA_HOME"] = cuda_home  # before torch.utils.cpp_extension makes its own guess
 
-    import pybind11
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     cpu_only_because = why_cpu_only(torch.version.cuda, cuda_home)
     if cpu_only_because and os.environ.get("FORCE_CUDA") == "1":
         raise SystemExit(f"FORCE_CUDA=1, but {cpu_only_because}")
+
+    import pybind11
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     architectures = ""
     optimise = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]

@@ -228,3 +228,14 @@ def test_why_cpu_only(environment, torch_cuda, toolkit, reason, tmp_path, monkey
     setup = runpy.run_path(str(ROOT / "setup.py"))
     got = setup["why_cpu_only"](torch_cuda, str(tmp_path) if toolkit else None)
     assert (got is None) if reason is None else re.fullmatch(reason, got)
+
+
+def test_forced_cuda_that_cannot_be_is_an_error(tmp_path):
+    environment = os.environ | {"FORCE_CUDA": "1", "CUDA_HOME": str(tmp_path)}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert re.search(
+        "^FORCE_CUDA=1, but (this torch is built without CUDA|no nvcc was found)", result.stderr, re.MULTILINE
+    )
+    assert not list(tmp_path.iterdir())
