@@ -74,14 +74,11 @@ def nvidia_folders(kind: str) -> list[str]:
     return sorted(str(p) for p in (Path(torch.__file__).parents[1] / "nvidia").glob(f"*/{kind}") if p.is_dir())
 
 
-def cublas_link(cuda_home: str) -> dict[str, Any]:
-    """Link cuBLAS from the toolkit, or from torch's packages, which carry no unversioned libcublas.so."""
-    toolkit = [f"{cuda_home}/lib64", f"{cuda_home}/lib"]
-    if any(Path(folder, "libcublas.so").exists() for folder in toolkit):
-        return {"library_dirs": toolkit, "libraries": ["cublas"]}
-    for folder in nvidia_folders("lib"):
-        for library in sorted(Path(folder).glob("libcublas.so.*")):
-            return {"library_dirs": [folder], "extra_link_args": [f"-l:{library.name}"]}
+def cublas_link(cuda_home: str) -> tuple[str, str]:
+    """Linker arguments for cuBLAS of the toolkit, or of torch's packages, which carry no unversioned libcublas.so."""
+    for folder in (f"{cuda_home}/lib64", f"{cuda_home}/lib", *nvidia_folders("lib")):
+        for library in sorted(Path(folder).glob("libcublas.so*")):
+            return f"-L{folder}", f"-l:{library.name}"
     raise SystemExit("cuBLAS was found neither in the CUDA toolkit nor in torch's nvidia packages")
 
 
@@ -101,11 +98,14 @@ def build_arguments() -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     architectures = ""
-    optimise = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    # -fopenmp: at::parallel_for is a header over OpenMP and runs on one thread without it. The OpenMP runtime that is
+    # linked bears the name of torch's own, which is loaded by then, so there is one thread pool.
+    optimise = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     common: dict[str, Any] = {
         "name": OPERATORS,
         "py_limited_api": True,  # leaves libtorch_python out of the link
         "include_dirs": [str(ROOT / "csrc")],
+        "extra_link_args": ["-fopenmp"],
     }
     if cpu_only_because:
         operators = CppExtension(sources=sources(*CPU_SOURCES), extra_compile_args=optimise, **common)
@@ -115,14 +115,13 @@ def build_arguments() -> dict[str, Any]:
             flags = re.findall(r"sm_(\d+?)(\d)\b", torch._C._cuda_getArchFlags() or "")
             os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{major}.{minor}" for major, minor in flags) + "+PTX"
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
-        link = cublas_link(cuda_home)
+        common["extra_link_args"] += cublas_link(cuda_home)
         has_headers = Path(cuda_home, "include", "cublas_v2.h").exists()
         common["include_dirs"] += [] if has_headers else nvidia_folders("include")
         operators = CUDAExtension(
             sources=sources(*CPU_SOURCES, *CUDA_SOURCES),
             extra_compile_args={"cxx": optimise, "nvcc": ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]},
             **common,
-            **link,
         )
 
     configuration = {

@@ -233,14 +233,11 @@ void check_importance_grad(std::string_view op, const Tensor& grad_output, const
   check_shape(op, "grad_output", grad_output, axes);
 }
 
-bool check_indices(std::string_view op, const int64_t* indices, int64_t t, int64_t m) {
-  bool any_padding = false;
+void check_indices(std::string_view op, const int64_t* indices, int64_t t, int64_t m) {
   for (int64_t r = 0; r < t; ++r) {
     TORCH_CHECK_INDEX(indices[r] >= -1 && indices[r] < m, op, ": indices must be in [-1, m) = [-1, ", text(m),
                       "), got ", text(indices[r]), " at position ", text(r));
-    any_padding |= indices[r] < 0;
   }
-  return any_padding;
 }
 
 void check_kept(std::string_view op, int64_t t) {

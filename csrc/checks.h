@@ -45,7 +45,7 @@ void check_importance_grad(std::string_view op, const Tensor& grad_output, const
 
 // Every index in [-1, m), else IndexError; for devices whose memory the host can read. Returns whether any is
 // -1.
-bool check_indices(std::string_view op, const int64_t* indices, int64_t t, int64_t m);
+void check_indices(std::string_view op, const int64_t* indices, int64_t t, int64_t m);
 
 // At most 2^31 - 1 kept tokens, since cu_seqlens is int32.
 void check_kept(std::string_view op, int64_t t);

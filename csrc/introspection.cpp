@@ -1,6 +1,6 @@
 #include "introspection.h"
 
-#include "cpu/head_gemm.h"
+#include "cpu/gemm.h"
 
-const char* mhmatmul_cpu_half_path() { return mhmatmul::cpu::half_path(); }
-bool mhmatmul_set_cpu_half_path(const char* name) { return mhmatmul::cpu::set_half_path(name); }
+const char* mhmatmul_cpu_capability() { return mhmatmul::cpu::capability(); }
+bool mhmatmul_set_cpu_capability(const char* name) { return mhmatmul::cpu::set_capability(name); }

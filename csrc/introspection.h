@@ -2,8 +2,8 @@
 #pragma once
 
 extern "C" {
-// How half types are multiplied on CPU: "float32" or "native" (cpu/head_gemm.h).
-__attribute__((visibility("default"))) const char* mhmatmul_cpu_half_path();
-// Forces one of them, for all threads; false for an unknown name.
-__attribute__((visibility("default"))) bool mhmatmul_set_cpu_half_path(const char* name);
+// The instruction set of the CPU kernels: "avx512", "avx2" or "portable" (cpu/gemm.h).
+__attribute__((visibility("default"))) const char* mhmatmul_cpu_capability();
+// Forces one that this machine has, for all threads; false for any other name.
+__attribute__((visibility("default"))) bool mhmatmul_set_cpu_capability(const char* name);
 }

@@ -29,8 +29,7 @@ def info() -> Iterator[tuple[str, str]]:
         yield "backends", f"CPU, CUDA {built['cuda']} for architectures {built['cuda_architectures']}"
     else:
         yield "backends", f"CPU only: {built['cpu_only_because']}"
-    yield "CPU capability", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    yield "CPU half types", f"multiplied as {_C.cpu_half_path()}"
+    yield "CPU capability", f"{_C.cpu_capability()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     yield "CUDA device", device
     for name in _operators():

@@ -31,13 +31,26 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(params=["float32", "native"])
-def half_path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Both ways in which half types are multiplied on CPU."""
-    before = mhmatmul_ext._C.cpu_half_path()
-    mhmatmul_ext._C.set_cpu_half_path(request.param)
+def _has_capability(name: str) -> bool:
+    before = mhmatmul_ext._C.cpu_capability()
+    try:
+        mhmatmul_ext._C.set_cpu_capability(name)
+    except ValueError:
+        return False
+    mhmatmul_ext._C.set_cpu_capability(before)
+    return True
+
+
+CAPABILITIES = [name for name in ("portable", "avx2", "avx512") if _has_capability(name)]
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of the CPU kernels that this machine can run."""
+    before = mhmatmul_ext._C.cpu_capability()
+    mhmatmul_ext._C.set_cpu_capability(request.param)
     yield request.param
-    mhmatmul_ext._C.set_cpu_half_path(before)
+    mhmatmul_ext._C.set_cpu_capability(before)
 
 
 @pytest.fixture(autouse=True)
@@ -61,4 +74,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [r for kind in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(kind, [])]
     gpu = [r for r in reports if "gpu" in r.keywords]
     ran = sum(not r.skipped for r in gpu)
+    terminalreporter.write_line(f"CPU instruction sets tested: {', '.join(CAPABILITIES)}")
     terminalreporter.write_line(f"GPU tests: {ran} run, {len(gpu) - ran} not run{f' ({NO_GPU})' if NO_GPU else ''}")

@@ -109,7 +109,7 @@ def test_only_the_gradients_asked_for(needs, gathered, device):
         assert (tensor.grad is not None) == bool(need)
 
 
-def test_gradients_in_every_dtype(dtype, device, half_path):
+def test_gradients_in_every_dtype(dtype, device, capability):
     input, weight = (
         torch.randn(3, 50, 16, device=device).to(dtype),
         torch.randn(16, 9, device=device).to(dtype),

@@ -68,6 +68,14 @@ def test_operators_library_holds_no_python_symbol():
     assert "torch_python" not in run("readelf", "--dynamic", _load.LIBRARY)
 
 
+def test_one_thread_pool():
+    """The library runs on torch's OpenMP runtime, in parallel, and brings none of its own."""
+    needed = run("readelf", "--dynamic", _load.LIBRARY)
+    runtimes = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp.so" in line}
+    assert "omp.so" in needed
+    assert len(runtimes) == 1, runtimes
+
+
 def test_operators_library_serves_without_the_package(tmp_path):
     script = tmp_path / "alone.py"
     script.write_text(
@@ -117,11 +125,18 @@ def test_the_check_comes_before_loading(tmp_path):
     assert loaded == "False"
 
 
-def test_half_path_can_be_forced(half_path):
-    assert _C.cpu_half_path() == half_path
-    with pytest.raises(ValueError, match="name must be 'float32' or 'native', got 'fast'"):
-        _C.set_cpu_half_path("fast")
-    assert _C.cpu_half_path() == half_path
+def test_capability_can_be_forced(capability):
+    assert _C.cpu_capability() == capability
+    with pytest.raises(ValueError, match="name must be an instruction set of this machine, got 'mmx'"):
+        _C.set_cpu_capability("mmx")
+    assert _C.cpu_capability() == capability
+
+
+@pytest.mark.parametrize("variable", ["MHMATMUL_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY"])
+@pytest.mark.parametrize(("value", "expected"), [("default", "portable"), ("nonsense", _C.cpu_capability())])
+def test_capability_by_environment(variable, value, expected, tmp_path):
+    script = "import mhmatmul_ext; print(mhmatmul_ext._C.cpu_capability())"
+    assert run(sys.executable, "-c", script, cwd=tmp_path, env=os.environ | {variable: value}).strip() == expected
 
 
 def test_info(capsys):

@@ -41,7 +41,7 @@ def all_gradients(input, weight, indices, num_heads, grad_output):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_output_and_explicit_gradients(case, dtype, device, half_path):
+def test_output_and_explicit_gradients(case, dtype, device, capability):
     top_p, top_k, capacity = CASES[case]
     input, weight, probs = make(dtype, device)
     selection = {"num_heads": 2, "top_p": top_p, "top_k": top_k, "capacity": capacity}
@@ -77,7 +77,7 @@ def test_empty_sizes(shape, dtype, device):
         assert (grad_weight == 0).all()
 
 
-def test_rows_are_those_of_the_dense_call(dtype, device, half_path):
+def test_rows_are_those_of_the_dense_call(dtype, device, capability):
     input, weight, probs = make(dtype, device, 3, 300, 2, 32, 24)
     output, _, _ = matmul_with_importance(input, weight, probs, num_heads=2, top_p=0.5, top_k=40)
     indices, _ = select_important(probs, 0.5, 40)
@@ -143,7 +143,7 @@ def test_grad_output_layouts(kind, device):
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_gather_with_repeats_and_padding(with_bias, dtype, device, half_path):
+def test_gather_with_repeats_and_padding(with_bias, dtype, device, capability):
     input, weight = (
         torch.randn(6, 2, 4, dtype=dtype, device=device),
         torch.randn(2, 4, 5, dtype=dtype, device=device),

@@ -53,7 +53,7 @@ def check(input, weight, num_heads, bias=None):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_forward(sizes, with_bias, dtype, device, half_path):
+def test_forward(sizes, with_bias, dtype, device, capability):
     input, weight, num_heads = make(sizes, dtype, device)
     bias = torch.randn(num_heads, sizes[3], dtype=dtype, device=device) if with_bias else None
     check(input, weight, num_heads, bias)
@@ -70,18 +70,18 @@ def test_empty(sizes, dtype, device):
 
 
 @pytest.mark.parametrize("layout", INPUT_LAYOUTS)
-def test_input_layouts(layout, dtype, device, half_path):
+def test_input_layouts(layout, dtype, device, capability):
     input, weight, num_heads = make(((4, 6), 2, 8, 5), dtype, device)
     check(INPUT_LAYOUTS[layout](input), weight, num_heads)
 
 
 @pytest.mark.parametrize("layout", WEIGHT_LAYOUTS)
-def test_weight_layouts(layout, dtype, device, half_path):
+def test_weight_layouts(layout, dtype, device, capability):
     input, weight, num_heads = make(((4, 6), 2, 8, 5), dtype, device)
     check(input, WEIGHT_LAYOUTS[layout](weight), num_heads)
 
 
-def test_packed_weight_slice_over_heads(dtype, device, half_path):
+def test_packed_weight_slice_over_heads(dtype, device, capability):
     """DeepSeek's absorbed projections: slices over heads of one packed parameter, one of them transposed."""
     packed = torch.randn(3, 8 + 6, 5, dtype=dtype, device=device)
     nope, value = packed[:, :8], packed[:, 8:].transpose(1, 2)
@@ -92,7 +92,7 @@ def test_packed_weight_slice_over_heads(dtype, device, half_path):
         assert_as_exact(torch.ops.mhmatmul.head_matmul(input, weight), plain, exact)
 
 
-def test_half_is_rounded_once(device, half_path):
+def test_half_is_rounded_once(device, capability):
     """Sums that float16 cannot hold on the way come out right: 2048 + 1 + ... + 1 in float32, rounded at the store."""
     input = torch.ones(1, 2049, dtype=torch.float16, device=device)
     weight = torch.ones(2049, 1, dtype=torch.float16, device=device)

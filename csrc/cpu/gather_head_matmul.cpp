@@ -1,50 +1,47 @@
 #include "../checks.h"
 #include "head_gemm.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 namespace mhmatmul {
 namespace {
 
 // Indices as the kernels read them: contiguous, every one in [-1, m).
-struct CheckedIndices {
-  Tensor tensor;
-  bool any_padding;
-
-  CheckedIndices(const char* op, const Tensor& indices, int64_t m)
-      : tensor(indices.contiguous()),
-        any_padding(check_indices(op, tensor.const_data_ptr<int64_t>(), tensor.size(0), m)) {}
-  const int64_t* data() const { return tensor.const_data_ptr<int64_t>(); }
-};
+Tensor checked(const char* op, const Tensor& indices, int64_t m) {
+  const Tensor contiguous = indices.contiguous();
+  check_indices(op, contiguous.const_data_ptr<int64_t>(), contiguous.size(0), m);
+  return contiguous;
+}
 
 Tensor gather_head_matmul_cpu(const Tensor& input, const Tensor& weight, const Tensor& indices,
                               const OptionalTensor& bias) {
   check_head_matmul("gather_head_matmul", input, weight, bias, indices);
-  const CheckedIndices checked("gather_head_matmul", indices, input.size(0));
-  Tensor output = at::empty({indices.size(0), weight.size(0), weight.size(2)}, input.options());
-  cpu::forward(cpu::Rows(input, checked.tensor, checked.any_padding), weight, bias, output);
+  const Tensor rows = checked("gather_head_matmul", indices, input.size(0));
+  Tensor output = cpu::empty_output({rows.size(0), weight.size(0), weight.size(2)}, input.options());
+  cpu::forward(input, rows.const_data_ptr<int64_t>(), weight, bias, output);
   return output;
 }
 
 Tensor gather_head_matmul_dgrad_cpu(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m) {
-  check_head_matmul_backward("_gather_head_matmul_dgrad", grad_output, std::nullopt, weight, indices, SymInt(m));
-  const CheckedIndices checked("_gather_head_matmul_dgrad", indices, m);
-  return cpu::dgrad(grad_output, weight, checked.data(), m);
+  constexpr auto kName = "_gather_head_matmul_dgrad";
+  check_head_matmul_backward(kName, grad_output, std::nullopt, weight, indices, SymInt(m));
+  return cpu::dgrad(grad_output, weight, checked(kName, indices, m), m);
 }
 
 Tensor gather_head_matmul_wgrad_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
-  check_head_matmul_backward("_gather_head_matmul_wgrad", grad_output, input, std::nullopt, indices);
-  const CheckedIndices checked("_gather_head_matmul_wgrad", indices, input.size(0));
-  return cpu::wgrad(grad_output, cpu::Rows(input, checked.tensor, checked.any_padding));
+  constexpr auto kName = "_gather_head_matmul_wgrad";
+  check_head_matmul_backward(kName, grad_output, input, std::nullopt, indices);
+  const Tensor rows = checked(kName, indices, input.size(0));
+  return cpu::wgrad(grad_output, input, rows.const_data_ptr<int64_t>());
 }
 
 std::tuple<Tensor, Tensor> gather_head_matmul_backward_cpu(const Tensor& grad_output, const Tensor& input,
                                                            const Tensor& weight, const Tensor& indices) {
-  check_head_matmul_backward("_gather_head_matmul_backward", grad_output, input, weight, indices);
-  const CheckedIndices checked("_gather_head_matmul_backward", indices, input.size(0));
-  return {cpu::dgrad(grad_output, weight, checked.data(), input.size(0)),
-          cpu::wgrad(grad_output, cpu::Rows(input, checked.tensor, checked.any_padding))};
+  constexpr auto kName = "_gather_head_matmul_backward";
+  check_head_matmul_backward(kName, grad_output, input, weight, indices);
+  const Tensor rows = checked(kName, indices, input.size(0));
+  return {cpu::dgrad(grad_output, weight, rows, input.size(0)),
+          cpu::wgrad(grad_output, input, rows.const_data_ptr<int64_t>())};
 }
 
 }  // namespace

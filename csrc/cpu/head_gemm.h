@@ -1,41 +1,22 @@
-// The head-wise products on CPU, over ATen's batched matmul: three uses of one GEMM, rows optionally named by
-// index.
+// The head-wise products on CPU: tensors in, strides read off them, tasks shared out among torch's threads.
 #pragma once
 
 #include "../ops.h"
 
 namespace mhmatmul::cpu {
 
-// Rows [m, nh, hd], or those of them that `indices` names (nullptr: all, in order). Indices have been
-// checked.
-struct Rows {
-  Tensor tensor;
-  const int64_t* indices = nullptr;
-  int64_t count = 0;
-  bool any_padding = false;
+// An output's memory. Large ones are advised to huge pages, so that the threads that fill them touch fewer fresh pages.
+Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-  explicit Rows(const Tensor& dense) : tensor(dense), count(dense.size(0)) {}
-  Rows(const Tensor& source, const Tensor& checked_indices, bool padding)
-      : tensor(source),
-        indices(checked_indices.const_data_ptr<int64_t>()),
-        count(checked_indices.size(0)),
-        any_padding(padding) {}
-};
+// output[r] = rows[i_r] weight + bias, rounded once. rows [m, nh, hd], weight [nh, hd, e], output [count, nh, e] with
+// stride 1 in the last dimension. `indices` (checked, contiguous) name the rows, -1 a row of zeros; nullptr: all rows.
+void forward(const Tensor& rows, const int64_t* indices, const Tensor& weight, const OptionalTensor& bias,
+             const Tensor& output);
 
-// output[r] = rows[r] weight + bias, rounded once; output [count, nh, e] with any strides; padding rows are
-// zeros.
-void forward(const Rows& rows, const Tensor& weight, const OptionalTensor& bias, const Tensor& output);
+// grad_input [m, nh, hd]: at row j the sum over r with indices[r] = j of grad_output[r] weight^T, in ascending r.
+Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m);
 
-// grad_input [m, nh, hd] of `rows`' source: at each row the sum of grad_output[r] weight^T, in ascending r.
-Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const int64_t* indices, int64_t m);
-
-// grad_weight [nh, hd, e]: the sum over r of rows[r]^T grad_output[r].
-Tensor wgrad(const Tensor& grad_output, const Rows& rows);
-
-// How half types are multiplied: "float32" converts blocks of rows and rounds at the store; "native" hands
-// them to ATen as they are, which is faster on CPUs with half-precision instructions and 50-100 times slower
-// on others.
-const char* half_path();
-bool set_half_path(const char* name);
+// grad_weight [nh, hd, e]: the sum over r of rows[i_r]^T grad_output[r].
+Tensor wgrad(const Tensor& grad_output, const Tensor& rows, const int64_t* indices);
 
 }  // namespace mhmatmul::cpu

@@ -2,7 +2,6 @@
 #include "../flatten.h"
 #include "head_gemm.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 namespace mhmatmul {
@@ -12,8 +11,8 @@ Tensor head_matmul_cpu(const Tensor& input, const Tensor& weight, const Optional
   check_head_matmul("head_matmul", input, weight, bias);
   auto sizes = input.sizes().vec();
   sizes.back() = weight.size(2);
-  Tensor output = at::empty(sizes, input.options());
-  cpu::forward(cpu::Rows(flatten_rows(input)), weight, bias, flatten_rows(output));
+  Tensor output = cpu::empty_output(sizes, input.options());
+  cpu::forward(flatten_rows(input), nullptr, weight, bias, flatten_rows(output));
   return output;
 }
 
@@ -21,21 +20,21 @@ void head_matmul_out_cpu(const Tensor& input, const Tensor& weight, const Option
   check_head_matmul("head_matmul", input, weight, bias, std::nullopt, out);
   check_no_overlap(input, weight, bias, out);
   const Tensor rows = flatten_rows(out);  // a copy where the leading dimensions do not collapse
-  cpu::forward(cpu::Rows(flatten_rows(input)), weight, bias, rows);
+  cpu::forward(flatten_rows(input), nullptr, weight, bias, rows);
   if (!rows.is_alias_of(out)) out.copy_(rows.view(out.sizes()));
 }
 
 Tensor head_matmul_wgrad_cpu(const Tensor& grad_output, const Tensor& input) {
   check_head_matmul_backward("_head_matmul_wgrad", grad_output, input, std::nullopt);
-  return cpu::wgrad(flatten_rows(grad_output), cpu::Rows(flatten_rows(input)));
+  return cpu::wgrad(flatten_rows(grad_output), flatten_rows(input), nullptr);
 }
 
 std::tuple<Tensor, Tensor> head_matmul_backward_cpu(const Tensor& grad_output, const Tensor& input,
                                                     const Tensor& weight) {
   check_head_matmul_backward("_head_matmul_backward", grad_output, input, weight);
-  Tensor grad_input = at::empty(input.sizes(), input.options());
-  cpu::forward(cpu::Rows(flatten_rows(grad_output)), weight.transpose(1, 2), std::nullopt, flatten_rows(grad_input));
-  return {grad_input, cpu::wgrad(flatten_rows(grad_output), cpu::Rows(flatten_rows(input)))};
+  Tensor grad_input = cpu::empty_output(input.sizes(), input.options());
+  cpu::forward(flatten_rows(grad_output), nullptr, weight.transpose(1, 2), std::nullopt, flatten_rows(grad_input));
+  return {grad_input, cpu::wgrad(flatten_rows(grad_output), flatten_rows(input), nullptr)};
 }
 
 }  // namespace

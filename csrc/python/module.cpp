@@ -36,11 +36,11 @@ py::dict build_config() {
   return config;
 }
 
-std::string cpu_half_path() { return find<decltype(mhmatmul_cpu_half_path)>("mhmatmul_cpu_half_path")(); }
+std::string cpu_capability() { return find<decltype(mhmatmul_cpu_capability)>("mhmatmul_cpu_capability")(); }
 
-void set_cpu_half_path(const std::string& name) {
-  if (!find<decltype(mhmatmul_set_cpu_half_path)>("mhmatmul_set_cpu_half_path")(name.c_str()))
-    throw py::value_error("set_cpu_half_path: name must be 'float32' or 'native', got '" + name + "'");
+void set_cpu_capability(const std::string& name) {
+  if (!find<decltype(mhmatmul_set_cpu_capability)>("mhmatmul_set_cpu_capability")(name.c_str()))
+    throw py::value_error("set_cpu_capability: name must be an instruction set of this machine, got '" + name + "'");
 }
 
 }  // namespace
@@ -49,6 +49,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Introspection of the mhmatmul operators' library.";
   m.def("build_config", build_config, "What the operators' library was built for and with.");
   m.def("bind", [](const std::string& path) { library_path = path; }, "Name the loaded operators' library.");
-  m.def("cpu_half_path", cpu_half_path, "How half types are multiplied on CPU: 'float32' or 'native'.");
-  m.def("set_cpu_half_path", set_cpu_half_path, "Force one of them, for all threads.");
+  m.def("cpu_capability", cpu_capability, "The instruction set of the CPU kernels: 'avx512', 'avx2' or 'portable'.");
+  m.def("set_cpu_capability", set_cpu_capability, "Force one that this machine has, for all threads.");
 }
