@@ -68,12 +68,18 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t kRowUnit = 12;      // a multiple of every instruction set's register block
 constexpr int64_t kColumnUnit = 128;  // likewise, and of whole cache lines in every dtype
 
-// Halves the larger side of the tasks until there are enough of them or they are small.
-Tasks cut(int64_t heads, int64_t m, int64_t n, int64_t rows, int64_t columns, double work, int threads) {
-  const int64_t wanted = work < 2 * kWorkPerThread ? 1 : threads > 1 ? threads * kTasksPerThread : 1;
+// The size of each part when `whole` is cut into as few even parts as fit in `most`, in units.
+int64_t even_part(int64_t whole, int64_t most, int64_t unit) {
+  return round_up(ceil_div(whole, ceil_div(whole, most)), unit);
+}
+
+// From the largest tasks that fit, cuts rows and then columns in halves until every thread has several.
+Tasks cut(int64_t heads, int64_t m, int64_t n, int64_t most_rows, int64_t most_columns, double work, int threads) {
+  const int64_t wanted = threads == 1 || work < 2 * kWorkPerThread ? 1 : threads * kTasksPerThread;
+  int64_t rows = even_part(m, most_rows, kRowUnit), columns = even_part(n, most_columns, kColumnUnit);
   const auto count = [&] { return heads * ceil_div(m, rows) * ceil_div(n, columns); };
-  while (count() < wanted && rows > 4 * kRowUnit) rows = round_up(rows / 2, kRowUnit);
-  while (count() < wanted && columns > kColumnUnit) columns = round_up(columns / 2, kColumnUnit);
+  while (count() < wanted && rows > kFewestRows) rows = even_part(m, rows / 2, kRowUnit);
+  while (count() < wanted && columns > kColumnUnit) columns = even_part(n, columns / 2, kColumnUnit);
   return {count(), rows, columns, work};
 }
 
@@ -106,17 +112,15 @@ bool set_capability(const char* name) {
 
 Tasks cut(const ForwardProblem& problem, int threads) {
   const int64_t k = std::max<int64_t>(1, std::min(problem.k, kBlockK));
-  const int64_t fitting = kTaskBytes / (k * static_cast<int64_t>(sizeof(float)));
-  const int64_t rows = round_up(std::clamp<int64_t>(fitting, 4 * kRowUnit, 32 * kRowUnit), kRowUnit);
-  const int64_t columns = problem.k <= kBlockK ? problem.n : std::min(problem.n, kTaskColumns);
+  const int64_t columns = std::max(kColumnUnit, kPackedBytes / (k * static_cast<int64_t>(sizeof(float))));
   const double work = 1.0 * problem.heads * problem.m * problem.n * problem.k;
-  return cut(problem.heads, problem.m, problem.n, rows, columns, work, threads);
+  return cut(problem.heads, problem.m, problem.n, problem.k <= kBlockK ? kTaskRows : kTaskRowsWithSums, columns, work,
+             threads);
 }
 
 Tasks cut(const WgradProblem& problem, int threads) {
   const double work = 1.0 * problem.heads * problem.t * problem.m * problem.n;
-  return cut(problem.heads, problem.m, problem.n, std::min<int64_t>(problem.m, 32 * kRowUnit),
-             std::min(problem.n, kTaskColumns), work, threads);
+  return cut(problem.heads, problem.m, problem.n, kTaskRowsWithSums, kTaskColumns, work, threads);
 }
 
 void run(const ForwardProblem& problem, const Tasks& tasks, int64_t task) {

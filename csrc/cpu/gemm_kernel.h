@@ -174,23 +174,31 @@ struct Gemm {
     }
   };
 
-  // Stores sums with the bias added; `columns` < kColumns of a block's go through a buffer of full width.
+  // Stores a vector of sums with the bias added, at columns counted from a task's first; nothing beyond its last.
   template <class T>
   struct Finish {
-    T* const* rows;   // of C
-    int64_t column;   // the block's first
-    int64_t columns;  // of the block
-    const Sum* bias;  // of the block, or nullptr
+    T* const* rows;        // of C
+    int64_t first_column;  // of the task
+    int64_t columns;       // of the task
+    const Sum* bias;       // of the task, or nullptr
 
-    inline __attribute__((always_inline)) void operator()(int64_t i, int v, Vector sum) const {
-      if (bias) sum = Isa::add(sum, Isa::load(bias + v * kWidth));
-      T* const to = rows[i] + column + v * kWidth;
-      if ((v + 1) * kWidth <= columns) {
+    // Asks for the cache lines that M rows of a block will be stored to.
+    template <int M, int V>
+    inline __attribute__((always_inline)) void announce(int64_t i, int64_t column) const {
+      for (int r = 0; r < M; ++r)
+        for (int64_t byte = 0; byte < V * kWidth * static_cast<int64_t>(sizeof(T)); byte += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(rows[i + r] + first_column + column) + byte, 1);
+    }
+
+    inline __attribute__((always_inline)) void operator()(int64_t i, int64_t column, Vector sum) const {
+      if (bias) sum = Isa::add(sum, Isa::load(bias + column));
+      T* const to = rows[i] + first_column + column;
+      if (column + kWidth <= columns) {
         Isa::store(to, sum);
-      } else if (v * kWidth < columns) {
+      } else if (column < columns) {
         T whole[kWidth];
         Isa::store(whole, sum);
-        std::memcpy(to, whole, (columns - v * kWidth) * sizeof(T));
+        std::memcpy(to, whole, (columns - column) * sizeof(T));
       }
     }
   };
@@ -204,89 +212,80 @@ struct Gemm {
     }
   }
 
+  // A task packs its columns of B once and keeps them in L2; then a register block's rows of A, converted, stay in L1
+  // while the panels of B stream by.
   template <class T, int64_t kStep>
   static void forward_with_step(const ForwardProblem& problem, const Tasks& tasks, int64_t task) {
     const int64_t column_tasks = (problem.n + tasks.columns_per_task - 1) / tasks.columns_per_task;
     const int64_t first_column = task % column_tasks * tasks.columns_per_task;
     const int64_t head = task / column_tasks % problem.heads;
     const int64_t first_row = task / column_tasks / problem.heads * tasks.rows_per_task;
-    const int64_t end_column = smaller(first_column + tasks.columns_per_task, problem.n);
+    const int64_t columns = smaller(tasks.columns_per_task, problem.n - first_column);
     const int64_t end_row = smaller(first_row + tasks.rows_per_task, problem.m);
+    const int64_t width = (columns + kColumns - 1) / kColumns * kColumns;
+    const bool one_block = problem.k <= kBlockK;
 
     const int64_t most_rows = end_row - first_row;
-    const int64_t width = (end_column - first_column + kColumns - 1) / kColumns * kColumns;
-    const bool one_block = problem.k <= kBlockK;
-    const int64_t panel_size = smaller(problem.k, kBlockK) * kColumns;
+    const int64_t packed_size = smaller(problem.k, kBlockK) * width;
     const int64_t partial_size = one_block ? 0 : most_rows * width;
-    Arena arena(Rows<T>::bytes(most_rows) + Arena::bytes<Sum>(most_rows * kStep) + Arena::bytes<Sum>(panel_size) +
-                Arena::bytes<Sum>(partial_size));
-
-    const Rows<T> rows(arena, problem, head, first_row, end_row, first_column, end_column - first_column);
+    Arena arena(Rows<T>::bytes(most_rows) + Arena::bytes<Sum>(kRows * kStep) + Arena::bytes<Sum>(packed_size) +
+                Arena::bytes<Sum>(partial_size) + Arena::bytes<Sum>(width));
+    const Rows<T> rows(arena, problem, head, first_row, end_row, first_column, columns);
     if (rows.count == 0) return;
-    const T* const b = static_cast<const T*>(problem.b) + head * problem.b_strides.head;
-    const T* const bias = problem.bias ? static_cast<const T*>(problem.bias) + head * problem.n : nullptr;
-    const bool reads_in_place = rows.count <= kDirectRows && problem.b_strides.column == 1;
-    Sum* const a = arena.take<Sum>(most_rows * kStep);
-    Sum* const panel = arena.take<Sum>(panel_size);
+    Sum* const a = arena.take<Sum>(kRows * kStep);
+    Sum* const packed = arena.take<Sum>(packed_size);
     Sum* const partial = arena.take<Sum>(partial_size);
-    Sum bias_panel[Isa::kWide * kWidth];
+    Sum* const bias_sums = arena.take<Sum>(width);
 
-    // Blocks of columns, wide ones for single rows read in place; calls body(vectors, column, columns).
-    const auto for_columns = [&](const auto& body) {
-      int64_t column = first_column;
-      if (reads_in_place && rows.count == 1)
-        for (; column + Isa::kWide * kWidth <= end_column; column += Isa::kWide * kWidth)
-          body(Size<Isa::kWide>(), column, Isa::kWide * kWidth);
-      for (; column < end_column; column += kColumns)
-        body(Size<Isa::kVectors>(), column, smaller(kColumns, end_column - column));
-    };
-    const auto bias_of = [&](int64_t column, int64_t columns) -> const Sum* {
-      if (!bias) return nullptr;
-      convert(bias + column, 1, columns, bias_panel);
-      fill(bias_panel + columns, Isa::kWide * kWidth - columns, Sum(0));
-      return bias_panel;
-    };
+    const T* const b =
+        static_cast<const T*>(problem.b) + head * problem.b_strides.head + first_column * problem.b_strides.column;
+    const Sum* bias = nullptr;
+    if (problem.bias) {
+      convert(static_cast<const T*>(problem.bias) + head * problem.n + first_column, 1, columns, bias_sums);
+      fill(bias_sums + columns, width - columns, Sum(0));
+      bias = bias_sums;
+    }
+    const Finish<T> finish{rows.c, first_column, columns, bias};
+    const bool reads_in_place = rows.count <= kDirectRows && problem.b_strides.column == 1;
+    const int64_t in_place = reads_in_place ? columns / kColumns * kColumns : 0;  // columns of B not packed
 
     for (int64_t k0 = 0; k0 == 0 || k0 < problem.k; k0 += kBlockK) {
       const int64_t k = smaller(kBlockK, problem.k - k0);
-      for (int64_t i = 0; i < rows.count; ++i)
-        convert(rows.a[i] + k0 * problem.a_strides.column, problem.a_strides.column, k, a + i * kStep);
-      for_columns([&](auto vectors, int64_t column, int64_t columns) {
-        constexpr int V = decltype(vectors)::value;
-        const T* const from = b + k0 * problem.b_strides.row + column * problem.b_strides.column;
-        const auto multiply = [&](const auto* b_rows, int64_t b_step) {
-          const Finish<T> finish{rows.c, column, columns, one_block ? bias_of(column, columns) : nullptr};
-          for_pieces(rows.count, [&](auto size, int64_t i0) {
-            constexpr int M = V == Isa::kVectors ? decltype(size)::value : 1;
-            const Sum* const a_rows = a + i0 * kStep;
-            if (one_block) {
-              block<M, V, kStep>(k, a_rows, 1, b_rows, b_step,
-                                 [&](int i, int v, Vector sum) { finish(i0 + i, v, sum); });
-            } else {
-              Sum* const sums = partial + i0 * width + (column - first_column);
-              block<M, V, kStep>(k, a_rows, 1, b_rows, b_step, [&](int i, int v, Vector sum) {
-                Sum* const to = sums + i * width + v * kWidth;
-                Isa::store(to, k0 == 0 ? sum : Isa::add(Isa::load(to), sum));
-              });
-            }
-          });
+      const T* const b_block = b + k0 * problem.b_strides.row;
+      for (int64_t column = in_place; column < columns; column += kColumns)
+        pack(b_block + column * problem.b_strides.column, problem.b_strides.row, problem.b_strides.column, k,
+             smaller(kColumns, columns - column), packed + column * k);
+      for_pieces(rows.count, [&](auto size, int64_t i0) {
+        constexpr int M = decltype(size)::value;
+        for (int64_t i = 0; i < M; ++i)
+          convert(rows.a[i0 + i] + k0 * problem.a_strides.column, problem.a_strides.column, k, a + i * kStep);
+        const auto multiply = [&](auto vectors, int64_t column, const auto* b_rows, int64_t b_step) {
+          constexpr int V = decltype(vectors)::value;
+          if (one_block) {
+            block<M, V, kStep>(k, a, 1, b_rows, b_step,
+                               [&](int i, int v, Vector sum) { finish(i0 + i, column + v * kWidth, sum); });
+          } else {
+            Sum* const sums = partial + i0 * width + column;
+            block<M, V, kStep>(k, a, 1, b_rows, b_step, [&](int i, int v, Vector sum) {
+              Sum* const to = sums + i * width + v * kWidth;
+              Isa::store(to, k0 == 0 ? sum : Isa::add(Isa::load(to), sum));
+            });
+          }
         };
-        if (reads_in_place && columns == V * kWidth) {
-          multiply(from, problem.b_strides.row);
-        } else {
-          pack(from, problem.b_strides.row, problem.b_strides.column, k, columns, panel);
-          multiply(static_cast<const Sum*>(panel), kColumns);
-        }
+        int64_t column = 0;
+        if constexpr (M == 1)  // wider blocks keep enough sums in flight
+          for (; column + Isa::kWide * kWidth <= in_place; column += Isa::kWide * kWidth)
+            multiply(Size<Isa::kWide>(), column, b_block + column, problem.b_strides.row);
+        for (; column < in_place; column += kColumns)
+          multiply(Size<Isa::kVectors>(), column, b_block + column, problem.b_strides.row);
+        for (; column < columns; column += kColumns)
+          multiply(Size<Isa::kVectors>(), column, static_cast<const Sum*>(packed + column * k), kColumns);
       });
     }
     if (one_block) return;
-    for (int64_t column = first_column; column < end_column; column += kColumns) {
-      const int64_t columns = smaller(kColumns, end_column - column);
-      const Finish<T> finish{rows.c, column, columns, bias_of(column, columns)};
-      for (int64_t i = 0; i < rows.count; ++i)
-        for (int v = 0; v < Isa::kVectors; ++v)
-          finish(i, v, Isa::load(partial + i * width + (column - first_column) + v * kWidth));
-    }
+    for (int64_t i = 0; i < rows.count; ++i)
+      for (int64_t column = 0; column < columns; column += kWidth)
+        finish(i, column, Isa::load(partial + i * width + column));
   }
 
   template <class T>
@@ -338,11 +337,10 @@ struct Gemm {
     }
     T* const c = static_cast<T*>(problem.c) + (head * problem.m + first_row) * problem.n + first_column;
     for (int64_t i = 0; i < rows; ++i) c_rows[i] = c + i * problem.n;
-    for (int64_t column = 0; column < columns; column += kColumns) {
-      const Finish<T> finish{c_rows, column, smaller(kColumns, columns - column), nullptr};
-      for (int64_t i = 0; i < rows; ++i)
-        for (int v = 0; v < Isa::kVectors; ++v) finish(i, v, Isa::load(sums + i * width + column + v * kWidth));
-    }
+    const Finish<T> finish{c_rows, 0, columns, nullptr};
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t column = 0; column < columns; column += kWidth)
+        finish(i, column, Isa::load(sums + i * width + column));
   }
 };
 
