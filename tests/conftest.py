@@ -63,11 +63,20 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    repeated = [item for item in items if _repeats_on_gpu(item)]
+    items[:] = [item for item in items if item not in set(repeated)]
+    config.hook.pytest_deselected(items=repeated)
     if NO_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=f"GPU test: {NO_GPU}"))
+
+
+def _repeats_on_gpu(item: pytest.Item) -> bool:
+    """CPU instruction sets make no difference on a GPU: one stands for all."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return bool(item.get_closest_marker("gpu")) and parameters.get("capability", CAPABILITIES[0]) != CAPABILITIES[0]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

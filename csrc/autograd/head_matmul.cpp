@@ -95,11 +95,10 @@ std::tuple<Tensor, Tensor> head_matmul_backward_autograd(const Tensor& grad_outp
 
 void head_matmul_out_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Tensor& out) {
   TORCH_CHECK(!formulas::recorded(input, weight, bias) && !(at::GradMode::is_enabled() && out.requires_grad()),
-              "head_matmul: out= is not differentiable, but an operand requires grad; call it under torch.no_grad() "
-              "or "
-              "without out=");
+              "matmul_with_multi_head: out= is not differentiable, but an operand requires grad; "
+              "call it under torch.no_grad() or without out=");
   TORCH_CHECK(!formulas::needed(input, weight, bias),
-              "head_matmul: out= is not supported under torch.func transforms and forward-mode AD");
+              "matmul_with_multi_head: out= is not supported under torch.func transforms and forward-mode AD");
   {
     at::AutoDispatchBelowADInplaceOrView below;
     head_matmul_out(input, weight, bias, out);

@@ -5,7 +5,7 @@
 
 namespace mhmatmul::cpu {
 
-// An output's memory. Large ones are advised to huge pages, so that the threads that fill them touch fewer fresh pages.
+// An output's memory. A large one is advised to huge pages before the threads that fill it touch it first.
 Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // output[r] = rows[i_r] weight + bias, rounded once. rows [m, nh, hd], weight [nh, hd, e], output [count, nh, e] with
