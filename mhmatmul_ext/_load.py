@@ -8,7 +8,7 @@ import torch
 
 from . import _C
 
-LIBRARY = Path(__file__).with_name("libmhmatmul.so")
+LIBRARY = Path(__file__).resolve().with_name("libmhmatmul.so")
 REINSTALL = "reinstall with `pip install --force-reinstall --no-deps --no-cache-dir <the mhmatmul_ext source>`"
 
 
