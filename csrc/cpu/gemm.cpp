@@ -80,7 +80,7 @@ Tasks cut(int64_t heads, int64_t m, int64_t n, int64_t most_rows, int64_t most_c
   const auto count = [&] { return heads * ceil_div(m, rows) * ceil_div(n, columns); };
   while (count() < wanted && rows > kFewestRows) rows = even_part(m, rows / 2, kRowUnit);
   while (count() < wanted && columns > kColumnUnit) columns = even_part(n, columns / 2, kColumnUnit);
-  return {count(), rows, columns, work};
+  return {count(), rows, columns};
 }
 
 }  // namespace

@@ -48,7 +48,6 @@ struct WgradProblem {
 struct Tasks {
   int64_t count;
   int64_t rows_per_task, columns_per_task;
-  double work;  // multiply-adds in all
 };
 Tasks cut(const ForwardProblem& problem, int threads);
 Tasks cut(const WgradProblem& problem, int threads);

@@ -1,8 +1,9 @@
 // The kernels, as templates over an instruction set. Each gemm_<isa>.cpp includes this inside its target region and
 // instantiates it once; nothing here may be called from outside that file but through its table.
 //
-// An instruction set `Isa` gives: Vector of kWidth elements of `Sum`, kRows x kVectors of which the register block
-// holds, and load (from any element type), broadcast, zero, add, fma, store (to any element type, rounding once).
+// An instruction set `Isa` gives: a Vector of kWidth elements of `Sum`; the register block, kRows by kVectors vectors,
+// or kWide vectors of a single row; and load (from any element type), broadcast, zero, add, fma, store (to any element
+// type, rounding once) and transpose (of a square of kWidth).
 #pragma once
 
 #include "gemm.h"

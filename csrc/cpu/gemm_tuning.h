@@ -3,10 +3,10 @@
 // Found on a 2-core Xeon with AVX-512 (2 MiB of L2 a core), as multiples of torch.mm's float32 rate measured beside it.
 // A register block of 12x2 vectors alone reaches 1.05 to 1.15 with B in L1 or streaming from L2; 14x2, 9x3 and 6x4 are
 // no better. Whole products reach 0.8 to 0.9 at head_dim 128 to 1024 and 0.5 at 64. Tried and not kept: converting a
-// task's rows of A once and repacking B for every panel (a fifth slower: the rows stream from L2); prefetching the next
-// rows, or the lines to be stored (0 to 5 % slower); non-temporal stores (a fifth faster at head_dim 64, the same
-// elsewhere, but what is read next then comes from memory); 512 KiB and 1 MiB for kPackedBytes (the same, and too much
-// for smaller caches). The AVX2 and portable kernels have not been tuned.
+// task's rows of A once and repacking B for every panel (a tenth to a quarter slower from head_dim 128 on: the rows
+// stream from L2); prefetching the next rows, or the lines to be stored (up to 8 % slower, no gain beyond the noise);
+// non-temporal stores (a fifth faster at head_dim 64, the same elsewhere, but what is read next then comes from
+// memory); 512 KiB and 1 MiB for kPackedBytes (the same or slower). The AVX2 and portable kernels have not been tuned.
 #pragma once
 
 #include <cstdint>
