@@ -56,6 +56,22 @@ def test_split_into_calls(size, rows_per_call, dtype, capability):
     assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("hd", [1, 31, 33, 64, 129, 130])
+def test_any_numbers_in_few_rows(hd, dtype, capability):
+    """Subnormal numbers, zeros of both signs and infinities too: a few rows may take another way than many."""
+    tiny = torch.finfo(dtype).tiny
+    for scale in (1.0, tiny**0.5, tiny):
+        input, weight = (torch.randn(20, 2, hd) * scale).to(dtype), (torch.randn(2, hd, 96) * scale).to(dtype)
+        input[torch.rand(input.shape) < 0.2] = -0.0
+        weight[torch.rand(weight.shape) < 0.2] = 0.0
+        input[17, 0, 0], weight[1, 0, 5] = float("inf"), float("-inf")
+        whole = ops.head_matmul(input, weight)
+        for rows in (1, 2, 3, 5, 16):
+            got = torch.cat([ops.head_matmul(part, weight) for part in input.split(rows)])
+            torch.testing.assert_close(got, whole, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(got.signbit(), whole.signbit()), f"{rows} rows a call"
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_selected_rows_are_the_dense_rows(size, dtype, capability):
     rows, nh, hd, e = size

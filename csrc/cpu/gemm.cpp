@@ -10,12 +10,22 @@
 #include <string_view>
 #include <vector>
 
+#include <unistd.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
+#endif
+
 namespace mhmatmul::cpu {
 
 const KernelTable& portable_kernels();
 #if defined(__x86_64__)
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
+const KernelTable& amx_kernels();
 #endif
 
 namespace {
@@ -25,15 +35,31 @@ struct Capability {
   const KernelTable* kernels;
 };
 
+#if defined(__x86_64__)
+// Whether the processor has bfloat16 tiles and the system lets this process use them, which it has to be asked for.
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;  // of EDX, leaf 7
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBFloat16) == 0 || (d & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // What this machine has, best first.
 const std::vector<Capability>& capabilities() {
   static const std::vector<Capability> list = [] {
     std::vector<Capability> found;
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      found.push_back({"avx512", &avx512_kernels()});
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && has_amx()) found.push_back({"amx", &amx_kernels()});
+    if (avx512) found.push_back({"avx512", &avx512_kernels()});
     if (avx2) found.push_back({"avx2", &avx2_kernels()});
 #endif
     found.push_back({"portable", &portable_kernels()});
@@ -62,10 +88,20 @@ std::atomic<const Capability*>& current() {
   return capability;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-constexpr int64_t kRowUnit = 12;      // a multiple of every instruction set's register block
+int64_t packed_bytes() {
+  static const int64_t bytes = [] {
+    int64_t l2 = 0;  // not known
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return std::clamp(l2 / 4, kPackedBytesLeast, kPackedBytesMost);
+  }();
+  return bytes;
+}
+
+constexpr int64_t kRowUnit = 96;      // a multiple of every instruction set's register block
 constexpr int64_t kColumnUnit = 128;  // likewise, and of whole cache lines in every dtype
 
 // The size of each part when `whole` is cut into as few even parts as fit in `most`, in units.
@@ -73,14 +109,17 @@ int64_t even_part(int64_t whole, int64_t most, int64_t unit) {
   return round_up(ceil_div(whole, ceil_div(whole, most)), unit);
 }
 
-// From the largest tasks that fit, cuts rows and then columns in halves until every thread has several.
-Tasks cut(int64_t heads, int64_t m, int64_t n, int64_t most_rows, int64_t most_columns, double work, int threads) {
+// From the largest tasks that fit, cuts rows, then heads, then columns in halves until every thread has several.
+Tasks cut(int64_t heads, int64_t m, int64_t n, const Tasks& most, double work, int threads) {
   const int64_t wanted = threads == 1 || work < 2 * kWorkPerThread ? 1 : threads * kTasksPerThread;
-  int64_t rows = even_part(m, most_rows, kRowUnit), columns = even_part(n, most_columns, kColumnUnit);
-  const auto count = [&] { return heads * ceil_div(m, rows) * ceil_div(n, columns); };
+  int64_t heads_per_task = even_part(heads, most.heads_per_task, 1);
+  int64_t rows = even_part(m, most.rows_per_task, kRowUnit);
+  int64_t columns = even_part(n, most.columns_per_task, kColumnUnit);
+  const auto count = [&] { return ceil_div(heads, heads_per_task) * ceil_div(m, rows) * ceil_div(n, columns); };
   while (count() < wanted && rows > kFewestRows) rows = even_part(m, rows / 2, kRowUnit);
+  while (count() < wanted && heads_per_task > 1) heads_per_task = even_part(heads, heads_per_task / 2, 1);
   while (count() < wanted && columns > kColumnUnit) columns = even_part(n, columns / 2, kColumnUnit);
-  return {count(), rows, columns};
+  return {count(), heads_per_task, rows, columns};
 }
 
 }  // namespace
@@ -111,16 +150,21 @@ bool set_capability(const char* name) {
 }
 
 Tasks cut(const ForwardProblem& problem, int threads) {
-  const int64_t k = std::max<int64_t>(1, std::min(problem.k, kBlockK));
-  const int64_t columns = std::max(kColumnUnit, kPackedBytes / (k * static_cast<int64_t>(sizeof(float))));
+  const int64_t column_bytes = std::max<int64_t>(1, std::min(problem.k, kBlockK)) * static_cast<int64_t>(sizeof(float));
+  const int64_t columns = std::max(kColumnUnit, packed_bytes() / column_bytes);
+  const int64_t heads =
+      std::max<int64_t>(1, packed_bytes() / (column_bytes * std::min(columns, round_up(problem.n, 32))));
   const double work = 1.0 * problem.heads * problem.m * problem.n * problem.k;
-  return cut(problem.heads, problem.m, problem.n, problem.k <= kBlockK ? kTaskRows : kTaskRowsWithSums, columns, work,
-             threads);
+  const Tasks most =
+      problem.k <= kBlockK ? Tasks{0, heads, kTaskRows, columns} : Tasks{0, 1, kTaskRowsWithSums, columns};
+  return cut(problem.heads, problem.m, problem.n, most, work, threads);
 }
 
 Tasks cut(const WgradProblem& problem, int threads) {
   const double work = 1.0 * problem.heads * problem.t * problem.m * problem.n;
-  return cut(problem.heads, problem.m, problem.n, kTaskRowsWithSums, kTaskColumns, work, threads);
+  const int64_t longest = std::max<int64_t>({1, problem.m, problem.n});
+  const Tasks most{0, std::max<int64_t>(1, kWgradGroup / longest), kWgradRows, kWgradColumns};
+  return cut(problem.heads, problem.m, problem.n, most, work, threads);
 }
 
 void run(const ForwardProblem& problem, const Tasks& tasks, int64_t task) {

@@ -1,10 +1,11 @@
 // The head-wise products on CPU. No Tensor: pointers, strides in elements, problems cut into tasks that may run on any
 // thread in any order.
 //
-// Every element's sum has one order, whatever else is computed beside it: over k in blocks of kBlockK, within a block
-// one fused multiply-add (portable code: multiply and add) after the other from zero, the blocks' sums added in order.
-// So a row's bits depend neither on its neighbours, nor on how rows are split into calls or tasks, nor on threads.
-// Half types are converted to float32 once per block and rounded once, at the store; float64 is summed in float64.
+// Every element's sum has one order, whatever else is computed beside it: over k in blocks of kBlockK, a block in
+// chunks of kChunk, a chunk's products one fused multiply-add (portable code: multiply and add) after the other from
+// zero; chunks and blocks are added in order. (bfloat16 with AMX: gemm_amx.cpp.) So a row's bits depend neither on its
+// neighbours, nor on how rows are split into calls or tasks, nor on threads. Half types are converted to float32 once
+// per block and rounded once, at the store; float64 is summed in float64.
 #pragma once
 
 #include <cstdint>
@@ -47,14 +48,14 @@ struct WgradProblem {
 // How a problem is cut; tasks [0, count) write disjoint parts of c.
 struct Tasks {
   int64_t count;
-  int64_t rows_per_task, columns_per_task;
+  int64_t heads_per_task, rows_per_task, columns_per_task;
 };
 Tasks cut(const ForwardProblem& problem, int threads);
 Tasks cut(const WgradProblem& problem, int threads);
 void run(const ForwardProblem& problem, const Tasks& tasks, int64_t task);
 void run(const WgradProblem& problem, const Tasks& tasks, int64_t task);
 
-// The instruction set in use: "avx512", "avx2" or "portable".
+// The instruction set in use: "amx", "avx512", "avx2" or "portable".
 const char* capability();
 // Forces one that this machine has; false for any other.
 bool set_capability(const char* name);

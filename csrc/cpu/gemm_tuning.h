@@ -1,17 +1,33 @@
 // The numbers that shape the CPU kernels, and how they were found.
 //
-// Found on a 2-core Xeon with AVX-512 (2 MiB of L2 a core), as multiples of torch.mm's float32 rate measured beside it.
-// A register block of 12x2 vectors alone reaches 1.05 to 1.15 with B in L1 or streaming from L2; 14x2, 9x3 and 6x4 are
-// no better. Whole products reach 0.8 to 0.9 at head_dim 128 to 1024 and 0.5 at 64. Tried and not kept: converting a
-// task's rows of A once and repacking B for every panel (a tenth to a quarter slower from head_dim 128 on: the rows
-// stream from L2); prefetching the next rows, or the lines to be stored (up to 8 % slower, no gain beyond the noise);
-// non-temporal stores (a fifth faster at head_dim 64, the same elsewhere, but what is read next then comes from
-// memory); 512 KiB and 1 MiB for kPackedBytes (the same or slower). The AVX2 and portable kernels have not been tuned.
+// Found on a 2-core Xeon (Sapphire Rapids: AVX-512, AMX, 2 MiB of L2 a core) with variants of these files taking turns
+// in one process, 7 rounds of 7 shapes, since its clock moves by a tenth within seconds. Gains are of the mean rate.
+//
+// Kept, float32:
+// - Register blocks as functions of their own: inlined, compilers kept sums on the stack or spilled addresses. 7 %.
+// - Heads of a row block one after the other (short heads), and their rows of A fetched ahead, spread over the
+//   arithmetic: heads of 64 run 1.8 times as fast, 4 % in the mean. Fetched all at once they stall the arithmetic.
+// - Half a MiB of packed B instead of a quarter. 2 %.
+// - Threads that take tasks one by one instead of halves of all: 4 to 13 % where a core is disturbed.
+// - wgrad in strips and panels, 128 tokens at a time: 3 to 12 %.
+// Not kept: register blocks of 14x2, 9x3, 6x4 (the same); fetching ahead the lines to be stored, at once or spread (up
+// to 3 % slower); fetching ahead in wgrad (nothing, or slower at heads of 64, where the line buffers are full);
+// kBlockK 256 (the same); 1 MiB of packed B (slower); rows of A in place of B in L2 (slower from head_dim 128 on);
+// non-temporal stores (a fifth faster at heads of 64, but what is read next then comes from memory).
+// What is left: with A and C in L1 the kernels run at 0.8 to 0.9 of the multiply-add rate, from memory at 0.65 to 0.75.
+//
+// bfloat16 on AMX runs at 2.5 to 4 times the float32 multiply-add rate and is bound by memory; at heads of 64 at 1.5.
+// The AVX2 and portable kernels have not been tuned.
 #pragma once
 
 #include <cstdint>
 
 namespace mhmatmul::cpu {
+
+// Elements of a sum that are added up one after the other before the result joins the sum: part of the meaning of a sum
+// (gemm.h), so one number for all machines. Longer chains were less exact than twice PyTorch's error where its own
+// products of few rows sum in many lanes.
+constexpr int64_t kChunk = 128;
 
 // Elements of the reduction per block: part of the meaning of a sum (gemm.h), so one number for all machines. 512 keeps
 // a packed panel (512 x 32 float32 = 64 KiB) in L2 and error growth that of a blocked sum.
@@ -24,8 +40,9 @@ constexpr int64_t kRowStep = kBlockK + 16;
 constexpr int64_t kShortK = 128;
 constexpr int64_t kShortRowStep = kShortK + 16;
 
-// Bytes of B that a task packs: with what passes by, they should stay in L2.
-constexpr int64_t kPackedBytes = 256 * 1024;
+// Bytes of B that a task packs: a quarter of L2, where with what passes by they should stay, within these bounds.
+constexpr int64_t kPackedBytesLeast = 128 * 1024;
+constexpr int64_t kPackedBytesMost = 512 * 1024;
 
 // Rows per task: many, to pack B seldom; fewer where their sums have to be kept over several blocks of k.
 constexpr int64_t kTaskRows = 1536;
@@ -34,9 +51,16 @@ constexpr int64_t kFewestRows = 192;
 
 // Up to this many rows B is read where it lies: packing a panel would cost more than it saves.
 constexpr int64_t kDirectRows = 16;
+constexpr int64_t kFewRows = 2;  // likewise, with AMX
 
-// Columns per task of wgrad, whose sums over blocks of rows have to be kept.
-constexpr int64_t kTaskColumns = 512;
+// Tokens per block of wgrad, part of the meaning of its sums; a panel of so many stays in L1.
+constexpr int64_t kBlockTokens = kChunk;
+
+// Rows and columns per task of wgrad: its sums, and a block of tokens, stay in L2. Heads shorter than kWgradGroup share
+// a task, which so reads longer stretches of memory.
+constexpr int64_t kWgradRows = 512;
+constexpr int64_t kWgradColumns = 512;
+constexpr int64_t kWgradGroup = 256;
 
 // Tasks per thread that balance uneven progress; and the fewest multiply-adds worth a second thread.
 constexpr int64_t kTasksPerThread = 4;

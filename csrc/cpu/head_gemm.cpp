@@ -9,6 +9,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <atomic>
 #include <vector>
 
 #if defined(__linux__)
@@ -39,11 +41,14 @@ Dtype dtype_of(const Tensor& tensor) {
 // Of [rows, nh, columns].
 Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
+// One parallel region. Threads take tasks one by one: a core that is held up by something else does fewer.
 template <class Problem>
 void run_all(const Problem& problem) {
-  const Tasks tasks = cut(problem, at::in_parallel_region() ? 1 : at::get_num_threads());
-  at::parallel_for(0, tasks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) run(problem, tasks, task);
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const Tasks tasks = cut(problem, threads);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(threads, tasks.count), 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next++) < tasks.count;) run(problem, tasks, task);
   });
 }
 
