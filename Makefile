@@ -9,12 +9,15 @@ CUDA_VENV ?= .venv-cuda
 CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 BUILD_INPUTS = setup.py pyproject.toml $(CPP) $(wildcard backend/*.py mhmatmul_ext/*.py mhmatmul_ext/*.pyi)
 
-.PHONY: help demo test test-cuda-build lint format clean
+.PHONY: help demo bench test test-cuda-build lint format clean
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
 demo: $(VENV)/built  ## the main job on real text, checked and timed; TEXT=file for your own
 	$(VENV)/bin/python examples/important_words.py $(TEXT)
+
+bench: $(VENV)/built  ## speed on this CPU against PyTorch and against its limits, a quarter of an hour; BENCH=options
+	$(VENV)/bin/python benchmarks/cpu.py $(BENCH)
 
 test: $(VENV)/built  ## the whole test suite
 	$(VENV)/bin/pytest tests

@@ -1,0 +1,96 @@
+"""The benchmarks run, say what they must, and time nothing that is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+WITH_A_WRONG_OPPONENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import cpu, ways
+ways.OPPONENTS[sys.argv[2]]["wrong"] = ways.OPPONENTS[sys.argv[2]]["einsum"]._replace(result=sys.argv[3])
+sys.exit(cpu.main(sys.argv[4:]))
+"""
+
+
+def run(*command, cwd):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def floats(value):
+    """Every number somewhere below."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for item in value for number in floats(item)]
+    return [value] if isinstance(value, float) else []
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quick")
+    choice = ("--shape", "mod", "smallest", "deepseek-q-1", "--dtype", "float32", "bfloat16")
+    return run(
+        BENCHMARKS / "cpu.py", "--quick", *choice, "--output", "quick.json", "--markdown", cwd=folder
+    ), folder / "quick.json"
+
+
+@pytest.mark.slow
+def test_quick_run(quick):
+    result, path = quick
+    assert result.returncode == 0, result.stderr
+    assert "mod: 8 rows, 16 x 128 -> 128" in result.stdout
+    assert "| forward bfloat16, fresh: x einsum |" in result.stdout
+
+    record = json.loads(path.read_text())
+    assert all(math.isfinite(number) for number in floats(record))
+    assert {"cpu", "cores", "threads", "capability", "torch", "commit"} <= record["environment"].keys()
+    marks = {mark["title"]: mark for mark in record["marks"]}
+    assert {title for title, mark in marks.items() if mark["value"] is None} == {t for t in marks if " float16" in t}
+    assert {mark["verdict"] for mark in marks.values()} <= {"pass", "MISS", ""}
+
+
+@pytest.mark.slow
+def test_every_way_is_timed(quick):
+    timings = json.loads(quick[1].read_text())["timings"]
+    names = {(t["kind"], t["name"]) for t in timings if (t["shape"], t["dtype"]) == ("mod", "bfloat16")}
+    forward = {"torch.mm", "fresh", "out=", "einsum", "contiguous", "bmm(out=)", "loop", "no oneDNN"}
+    assert {("forward", name) for name in forward} <= names
+    assert {("backward", name) for name in ("both gradients", "einsum", "no oneDNN")} <= names
+    assert {("importance", name) for name in ("kept", "dense", "eager")} <= names
+    assert all(t["median"] > 0 and t["iqr"] >= 0 for t in timings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "result"), [("forward", "r * 1.01"), ("forward", "r[:-1]"), ("backward", "(r[0], r[1] + 0.1)")]
+)
+def test_wrong_opponent_is_not_timed(kind, result, tmp_path):
+    options = ("--quick", "--shape", "mod", "--dtype", "float32", "--output", "wrong.json")
+    outcome = run("-c", WITH_A_WRONG_OPPONENT, BENCHMARKS, kind, result, *options, cwd=tmp_path)
+    assert outcome.returncode == 1
+    assert outcome.stderr.strip().startswith(f"FAILED: {kind} (wrong) of mod in float32 is wrong: off by ")
+    assert outcome.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shape", "nonsense"), "argument --shape: invalid choice: 'nonsense'"),
+        (("--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--output", "nowhere/result.json"), "--output: there is no folder nowhere"),
+    ],
+)
+def test_says_what_is_wrong(options, message, tmp_path):
+    result = run(BENCHMARKS / "cpu.py", "--quick", *options, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"cpu.py: error: {message}")
