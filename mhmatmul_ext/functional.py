@@ -5,13 +5,8 @@ Sizes: `b` sequences, `s` positions, `h` hidden size, `nh` heads, `hd = h / nh`,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _ops = torch.ops.mhmatmul
 
@@ -62,11 +57,14 @@ def matmul_with_multi_head(
     _check_tensors(op, optional=True, bias=bias, out=out)
     _check_ints(op, num_heads=num_heads)
     if out is not None:
-        _ops._multi_head_matmul_out(input, weight, num_heads, bias, out=out)
+        _ops._multi_head_matmul_out.default(input, weight, num_heads, bias, out=out)
         return out
+    output: Tensor
     if bias is not None:
-        return cast("Tensor", _ops._multi_head_matmul_bias(input, weight, num_heads, bias))
-    return cast("Tensor", _ops.multi_head_matmul(input, weight, num_heads))
+        output = _ops._multi_head_matmul_bias.default(input, weight, num_heads, bias)
+    else:
+        output = _ops.multi_head_matmul.default(input, weight, num_heads)
+    return output
 
 
 def select_important(
@@ -118,14 +116,14 @@ def select_important(
     op = "select_important"
     _check_tensors(op, probs=probs)
     _check_selection(op, top_p, top_k, capacity)
+    selection: tuple[Tensor, Tensor]
     if capacity is not None:
-        return cast(
-            "tuple[Tensor, Tensor]",
-            _ops.select_important_static(probs, _threshold(op, probs, top_p), top_k, capacity),
-        )
-    if isinstance(top_p, Tensor):
-        return cast("tuple[Tensor, Tensor]", _ops._select_important_tensor(probs, top_p, top_k))
-    return cast("tuple[Tensor, Tensor]", _ops.select_important(probs, top_p, top_k))
+        selection = _ops.select_important_static.default(probs, _threshold(op, probs, top_p), top_k, capacity)
+    elif isinstance(top_p, Tensor):
+        selection = _ops._select_important_tensor.default(probs, top_p, top_k)
+    else:
+        selection = _ops.select_important.default(probs, top_p, top_k)
+    return selection
 
 
 def matmul_with_importance(
@@ -189,59 +187,50 @@ def matmul_with_importance(
     _check_selection(op, top_p, top_k, capacity)
     if grad_output is not None:
         threshold = _threshold(op, probs, top_p)
-        output, grad_input, grad_weight, _ = _ops._importance_matmul_grads(
+        output, grad_input, grad_weight, _ = _ops._importance_matmul_grads.default(
             input, weight, probs, grad_output, num_heads, threshold, top_k, capacity
         )
         return output, grad_input, grad_weight
     if capacity is not None or isinstance(top_p, Tensor):
         threshold = _threshold(op, probs, top_p)
-        output = _ops._importance_matmul_tensor(input, weight, probs, num_heads, threshold, top_k, capacity)[0]
+        output = _ops._importance_matmul_tensor.default(input, weight, probs, num_heads, threshold, top_k, capacity)[0]
     else:
-        output = _ops.importance_matmul(input, weight, probs, num_heads, top_p, top_k)[0]
+        output = _ops.importance_matmul.default(input, weight, probs, num_heads, top_p, top_k)[0]
     return output, None, None
 
 
 def _threshold(op: str, probs: Tensor, top_p: float | Tensor) -> Tensor:
-    return top_p if isinstance(top_p, Tensor) else cast("Tensor", _ops._threshold(op, probs, top_p))
+    threshold: Tensor = top_p if isinstance(top_p, Tensor) else _ops._threshold.default(op, probs, top_p)
+    return threshold
 
 
-# Types are checked here, values in C++ (csrc/checks.h): a wrong type never reaches an operator's schema.
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
-
-
-def _check(
-    op: str, expected: str, accepts: Callable[[object], bool], optional: bool, values: dict[str, object]
-) -> None:
-    for name, value in values.items():
-        if not (accepts(value) or (optional and value is None)):
-            raise TypeError(f"{op}: {name} must be {expected}{' or None' if optional else ''}, got {_type_name(value)}")
-
-
-def _type_name(value: object) -> str:
-    return "None" if value is None else type(value).__name__
+# Types are checked here, values in C++ (csrc/checks.h): a wrong type never reaches an operator's schema. Every call
+# passes here, so the loops are plain and say what is wrong only when something is.
 
 
 def _check_tensors(op: str, *, optional: bool = False, **values: object) -> None:
-    _check(op, "a Tensor", lambda value: isinstance(value, Tensor), optional, values)
+    for name, value in values.items():
+        if not (isinstance(value, Tensor) or (optional and value is None)):
+            raise _wrong_type(op, name, "a Tensor", optional, value)
 
 
 def _check_ints(op: str, *, optional: bool = False, **values: object) -> None:
-    _check(op, "an int", _is_int, optional, values)
+    for name, value in values.items():
+        if not (type(value) is int or (optional and value is None) or _is_number(value, (int, torch.SymInt))):
+            raise _wrong_type(op, name, "an int", optional, value)
 
 
 def _check_selection(op: str, top_p: object, top_k: object, capacity: object) -> None:
-    _check(
-        op,
-        "a number or a 0-d Tensor",
-        lambda p: _is_number(p) or isinstance(p, Tensor),
-        False,
-        {"top_p": top_p},
-    )
+    numbers = (int, float, torch.SymInt, torch.SymFloat)
+    if not (type(top_p) is float or isinstance(top_p, Tensor) or _is_number(top_p, numbers)):
+        raise _wrong_type(op, "top_p", "a number or a 0-d Tensor", False, top_p)
     _check_ints(op, optional=True, top_k=top_k, capacity=capacity)
+
+
+def _is_number(value: object, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+def _wrong_type(op: str, name: str, expected: str, optional: bool, value: object) -> TypeError:
+    got = "None" if value is None else type(value).__name__
+    return TypeError(f"{op}: {name} must be {expected}{' or None' if optional else ''}, got {got}")

@@ -1,5 +1,5 @@
 // Importance matmul = selection, then the gathered matmul of the selected rows.
-#include "../checks.h"
+#include "split_heads.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/full.h>
@@ -11,11 +11,8 @@ namespace {
 constexpr std::string_view kName = "matmul_with_importance";
 
 // [b, s, h] -> [b * s, nh, hd]
-Tensor split_input(const Tensor& input, const HeadSizes& sizes) {
+Tensor rows_of(const Tensor& input, const HeadSizes& sizes) {
   return input.reshape_symint({input.sym_size(0) * input.sym_size(1), sizes.nh, sizes.hd});
-}
-Tensor split_weight(const Tensor& weight, const HeadSizes& sizes) {
-  return weight.unflatten_symint(0, {sizes.nh, sizes.hd});
 }
 
 std::tuple<Tensor, Tensor> select(const Tensor& probs, const Tensor& top_p, const std::optional<SymInt>& top_k,
@@ -30,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> importance_matmul_composite(const Tensor& inp
   const auto sizes = check_importance_matmul(kName, input, weight, probs, num_heads);
   check_select(kName, probs, top_p, std::nullopt, top_k);
   const auto [indices, cu_seqlens] = select_important(probs, top_p, top_k);
-  return {gather_head_matmul(split_input(input, sizes), split_weight(weight, sizes), indices, std::nullopt), indices,
+  return {gather_head_matmul(rows_of(input, sizes), split_weight(weight, sizes), indices, std::nullopt), indices,
           cu_seqlens};
 }
 
@@ -42,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor_composite(const Tens
   check_select(kName, probs, std::nullopt, top_p, top_k, capacity);
   const auto [indices, offsets] = select(probs, top_p, top_k, capacity);
   Tensor output =
-      gather_head_matmul(split_input(input, sizes), split_weight(weight, sizes), indices.reshape({-1}), std::nullopt);
+      gather_head_matmul(rows_of(input, sizes), split_weight(weight, sizes), indices.reshape({-1}), std::nullopt);
   if (capacity) output = output.unflatten_symint(0, {input.sym_size(0), *capacity});
   return {output, indices, offsets};
 }
@@ -60,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> importance_matmul_grads_composite(
   const auto indices = std::get<0>(select(probs, top_p, top_k, capacity));
   check_importance_grad(kName, grad_output, input, capacity.has_value(), sizes, indices.sym_sizes());
 
-  const Tensor rows = split_input(input, sizes), heads = split_weight(weight, sizes);
+  const Tensor rows = rows_of(input, sizes), heads = split_weight(weight, sizes);
   const Tensor flat_indices = indices.reshape({-1});
   Tensor output = gather_head_matmul(rows, heads, flat_indices, std::nullopt);
   auto [grad_input, grad_weight] = gather_head_matmul_backward(

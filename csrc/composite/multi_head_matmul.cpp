@@ -1,17 +1,10 @@
 // The flat form is views over head_matmul, so every device and every transform of head_matmul serves it.
-#include "../checks.h"
+#include "split_heads.h"
 
 #include <torch/library.h>
 
 namespace mhmatmul {
 namespace {
-
-Tensor split_input(const Tensor& input, const HeadSizes& sizes) {
-  return input.unflatten_symint(-1, {sizes.nh, sizes.hd});
-}
-Tensor split_weight(const Tensor& weight, const HeadSizes& sizes) {
-  return weight.unflatten_symint(0, {sizes.nh, sizes.hd});
-}
 
 constexpr std::string_view kName = "matmul_with_multi_head";
 

@@ -1,5 +1,4 @@
-// Selection in one row: find the rule, then write positions by it. No sort; at most one nth_element over the
-// survivors.
+// Selection in one row: the scores are read once. No sort; at most one nth_element over the survivors.
 #pragma once
 
 #include "../selection_rule.h"
@@ -10,39 +9,49 @@
 
 namespace mhmatmul::cpu {
 
-// The rule for a row of s scores, `stride` elements apart: score >= top_p and among the k highest, k >= 0.
-// `survivors` is scratch memory.
+struct RowSelection {
+  std::vector<int64_t> kept;  // positions, ascending, plus `first`
+  int64_t candidates = 0;     // how many scores reach the threshold
+};
+
+// Memory for select_row, used again from row to row.
 template <class Format>
-SelectionRule<Format> find_rule(const typename Format::Bits* row, int64_t stride, int64_t s,
-                                typename Format::Bits top_p, int64_t k, std::vector<typename Format::Bits>& survivors) {
+struct SelectionScratch {
+  std::vector<int64_t> positions;
+  std::vector<typename Format::Bits> keys, ranked;
+};
+
+// Of a row of s scores, `stride` elements apart: those with score >= top_p that are among the k highest, k >= 0.
+template <class Format>
+RowSelection select_row(const typename Format::Bits* row, int64_t stride, int64_t s, typename Format::Bits top_p,
+                        int64_t k, int64_t first, SelectionScratch<Format>& scratch) {
   auto rule = SelectionRule<Format>::from_threshold(top_p);
-  for (int64_t j = 0; j < s; ++j) rule.candidates += rule.admits(score_key<Format>(row[j * stride]));
-  rule.count = std::min(rule.candidates, k);
-  if (rule.candidates <= k) return rule;
-  if (k == 0) return {SelectionRule<Format>::nothing().key, 0, 0, rule.candidates};
-
-  survivors.clear();
-  survivors.reserve(rule.candidates);
-  for (int64_t j = 0; j < s; ++j) {
+  auto& [positions, keys, ranked] = scratch;
+  positions.resize(s);
+  keys.resize(s);
+  int64_t count = 0;
+  for (int64_t j = 0; j < s; ++j) {  // no branch: which scores survive is anybody's guess
     const auto key = score_key<Format>(row[j * stride]);
-    if (rule.admits(key)) survivors.push_back(key);
+    positions[count] = first + j;
+    keys[count] = key;
+    count += rule.admits(key);
   }
-  const auto kth = survivors.begin() + (k - 1);
-  std::nth_element(survivors.begin(), kth, survivors.end(), std::greater<>());
-  const int64_t above = std::count_if(survivors.begin(), kth, [&](auto key) { return key > *kth; });
-  return {*kth, k - above, k, rule.candidates};
-}
+  if (count <= k) return {{positions.begin(), positions.begin() + count}, count};
+  if (k == 0) return {{}, count};
 
-// Writes `first + j` for every kept position j of the row, ascending.
-template <class Format>
-void write_kept(const typename Format::Bits* row, int64_t stride, int64_t s, SelectionRule<Format> rule, int64_t first,
-                int64_t* indices) {
-  for (int64_t j = 0; j < s; ++j) {
-    const auto key = score_key<Format>(row[j * stride]);
-    if (!rule.admits(key)) continue;
-    rule.ties -= key == rule.key;
-    *indices++ = first + j;
+  ranked.assign(keys.begin(), keys.begin() + count);
+  const auto kth = ranked.begin() + (k - 1);
+  std::nth_element(ranked.begin(), kth, ranked.end(), std::greater<>());
+  rule.key = *kth;
+  rule.ties = k - std::count_if(ranked.begin(), kth, [&](auto key) { return key > *kth; });
+  RowSelection selection{std::vector<int64_t>(k), count};
+  auto next = selection.kept.begin();
+  for (int64_t i = 0; i < count; ++i) {
+    if (!rule.admits(keys[i])) continue;
+    rule.ties -= keys[i] == rule.key;
+    *next++ = positions[i];
   }
+  return selection;
 }
 
 }  // namespace mhmatmul::cpu

@@ -22,42 +22,35 @@ typename Format::Bits read_threshold(const Tensor& top_p, const Tensor& probs) {
 }
 
 template <class Format>
-std::vector<SelectionRule<Format>> find_rules(const Tensor& probs, typename Format::Bits top_p, int64_t k) {
+std::vector<cpu::RowSelection> select_rows(const Tensor& probs, typename Format::Bits top_p, int64_t k) {
   const int64_t b = probs.size(0), s = probs.size(1), row_stride = probs.stride(0), stride = probs.stride(1);
   const auto* data = static_cast<const typename Format::Bits*>(probs.const_data_ptr());
-  std::vector<SelectionRule<Format>> rules(b);
+  std::vector<cpu::RowSelection> rows(b);
   at::parallel_for(0, b, rows_per_task(s), [&](int64_t begin, int64_t end) {
-    std::vector<typename Format::Bits> survivors;
+    cpu::SelectionScratch<Format> scratch;
     for (int64_t i = begin; i < end; ++i)
-      rules[i] = cpu::find_rule<Format>(data + i * row_stride, stride, s, top_p, k, survivors);
+      rows[i] = cpu::select_row<Format>(data + i * row_stride, stride, s, top_p, k, i * s, scratch);
   });
-  return rules;
-}
-
-// Writes row i's kept positions at indices[offset(i)].
-template <class Format, class Offset>
-void write_rows(const Tensor& probs, const std::vector<SelectionRule<Format>>& rules, int64_t* indices,
-                const Offset& offset) {
-  const int64_t b = probs.size(0), s = probs.size(1), row_stride = probs.stride(0), stride = probs.stride(1);
-  const auto* data = static_cast<const typename Format::Bits*>(probs.const_data_ptr());
-  at::parallel_for(0, b, rows_per_task(s), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      cpu::write_kept<Format>(data + i * row_stride, stride, s, rules[i], i * s, indices + offset(i));
-  });
+  return rows;
 }
 
 template <class Format>
 std::tuple<Tensor, Tensor> select(const Tensor& probs, typename Format::Bits top_p, std::optional<int64_t> top_k) {
-  const int64_t b = probs.size(0), s = probs.size(1);
-  const auto rules = find_rules<Format>(probs, top_p, top_k.value_or(s));
-  std::vector<int64_t> starts(b + 1, 0);
-  for (int64_t i = 0; i < b; ++i) starts[i + 1] = starts[i] + rules[i].count;
-  check_kept("select_important", starts[b]);
+  const auto rows = select_rows<Format>(probs, top_p, top_k.value_or(probs.size(1)));
+  int64_t t = 0;
+  for (const auto& row : rows) t += static_cast<int64_t>(row.kept.size());
+  check_kept("select_important", t);
 
-  Tensor indices = at::empty({starts[b]}, probs.options().dtype(at::kLong));
-  Tensor cu_seqlens = at::empty({b + 1}, probs.options().dtype(at::kInt));
-  std::copy(starts.begin(), starts.end(), cu_seqlens.mutable_data_ptr<int32_t>());
-  write_rows<Format>(probs, rules, indices.mutable_data_ptr<int64_t>(), [&](int64_t i) { return starts[i]; });
+  Tensor indices = at::empty({t}, probs.options().dtype(at::kLong));
+  Tensor cu_seqlens = at::empty({probs.size(0) + 1}, probs.options().dtype(at::kInt));
+  auto* const begin = indices.mutable_data_ptr<int64_t>();
+  auto* next = begin;
+  auto* offset = cu_seqlens.mutable_data_ptr<int32_t>();
+  for (const auto& row : rows) {
+    *offset++ = static_cast<int32_t>(next - begin);
+    next = std::copy(row.kept.begin(), row.kept.end(), next);
+  }
+  *offset = static_cast<int32_t>(t);
   return {indices, cu_seqlens};
 }
 
@@ -86,14 +79,14 @@ std::tuple<Tensor, Tensor> select_important_static_cpu(const Tensor& probs, cons
   Tensor counts = at::empty({b}, probs.options().dtype(at::kLong));
   with_score_format(probs.scalar_type(), [&](auto format) {
     using Format = decltype(format);
-    const auto rules = find_rules<Format>(probs, read_threshold<Format>(top_p, probs), std::min(k, capacity));
-    int64_t* const count = counts.mutable_data_ptr<int64_t>();
-    for (int64_t i = 0; i < b; ++i) count[i] = std::min(rules[i].candidates, k);
-
-    int64_t* const out = indices.mutable_data_ptr<int64_t>();
-    write_rows<Format>(probs, rules, out, [&](int64_t i) { return i * capacity; });
-    for (int64_t i = 0; i < b; ++i)
-      std::fill(out + i * capacity + rules[i].count, out + (i + 1) * capacity, int64_t{-1});
+    const auto rows = select_rows<Format>(probs, read_threshold<Format>(top_p, probs), std::min(k, capacity));
+    auto* place = indices.mutable_data_ptr<int64_t>();
+    auto* count = counts.mutable_data_ptr<int64_t>();
+    for (const auto& row : rows) {
+      std::fill(std::copy(row.kept.begin(), row.kept.end(), place), place + capacity, int64_t{-1});
+      place += capacity;
+      *count++ = std::min(row.candidates, k);
+    }
   });
   return {indices, counts};
 }
