@@ -366,7 +366,8 @@ struct Gemm {
 
     const T* const b = static_cast<const T*>(problem.b) + part.first_head * problem.b_strides.head +
                        part.first_column * problem.b_strides.column;
-    const bool reads_in_place = rows.count <= kDirectRows && problem.b_strides.column == 1;
+    const int64_t direct_rows = sizeof(T) == 2 ? kDirectRowsOfHalves : kDirectRows;
+    const bool reads_in_place = rows.count <= direct_rows && problem.b_strides.column == 1;
     const int64_t in_place = reads_in_place ? part.columns / kColumns * kColumns : 0;  // columns of B not packed
 
     for (int64_t k0 = 0; k0 == 0 || k0 < problem.k; k0 += kBlockK) {

@@ -50,7 +50,8 @@ constexpr int64_t kTaskRowsWithSums = 384;
 constexpr int64_t kFewestRows = 192;
 
 // Up to this many rows B is read where it lies: packing a panel would cost more than it saves.
-constexpr int64_t kDirectRows = 16;
+constexpr int64_t kDirectRows = 8;
+constexpr int64_t kDirectRowsOfHalves = 16;
 constexpr int64_t kFewRows = 2;  // likewise, with AMX
 
 // Tokens per block of wgrad, part of the meaning of its sums; a panel of so many stays in L1.
