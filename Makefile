@@ -9,7 +9,7 @@ CUDA_VENV ?= .venv-cuda
 CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 BUILD_INPUTS = setup.py pyproject.toml $(CPP) $(wildcard backend/*.py mhmatmul_ext/*.py mhmatmul_ext/*.pyi)
 
-.PHONY: help demo bench test test-cuda-build lint format clean
+.PHONY: help demo bench bench-gpu test test-cuda-build lint format clean
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -18,6 +18,9 @@ demo: $(VENV)/built  ## the main job on real text, checked and timed; TEXT=file 
 
 bench: $(VENV)/built  ## speed on this CPU against PyTorch and against its limits, a quarter of an hour; BENCH=options
 	$(VENV)/bin/python benchmarks/cpu.py $(BENCH)
+
+bench-gpu: $(VENV)/built  ## the same on this GPU, six minutes at most on an H100; BENCH=options
+	$(VENV)/bin/python benchmarks/gpu.py $(BENCH)
 
 test: $(VENV)/built  ## the whole test suite
 	$(VENV)/bin/pytest tests

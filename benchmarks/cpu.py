@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
+from command import Parser, UserError, check_folder, exit_code, progress
 from floor import Rates, find_compiler, measure_copy, measure_flops
-from marks import MarkResult, judge
+from marks import MARKS, MarkResult, judge, print_marks
 from problem import Kind, make_problem
 from record import default_path, environment, write
 from results import Results, has_many_rows
 from shapes import SHAPES, Shape
 from timing import FULL, QUICK, Candidate, Effort, Timing, build_mm, measure
-from tqdm import tqdm
-from verify import WrongResultError
 from ways import OURS
 
 from mhmatmul_ext import _C
@@ -36,20 +32,6 @@ share of what multiply-add units and memory allow. einsum: its permuted view, an
 contiguous: einsum().contiguous(). no oneDNN: einsum with PyTorch's own loops, as CPUs without half-precision
 instructions run it. eager: topk, mask, nonzero, index, einsum. dense: our product of all tokens, by time.
 fresh allocates its result, out= reuses one. *: the opponent ran on fewer rows, its rate is compared."""
-
-progress = partial(tqdm, leave=False, disable=None)  # a bar on stderr while it lasts, none if that is a file
-
-
-class UserError(Exception):
-    """Something that the user can put right, told in one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises its errors, for them to be told like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message that argparse would print below the usage."""
-        raise UserError(message)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -70,8 +52,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--seconds-per-timing must be positive, got {options.seconds_per_timing}")
     if options.output is None and not options.quick:
         options.output = default_path(f"cpu-{_C.cpu_capability()}")
-    if options.output is not None and not options.output.parent.is_dir():
-        raise UserError(f"--output: there is no folder {options.output.parent}")
+    check_folder(options.output)
     return options
 
 
@@ -108,7 +89,7 @@ def measure_all(options: argparse.Namespace, effort: Effort, mm: Candidate) -> l
     return timings
 
 
-def ratio_text(results: Results, ours: Timing, opponent: str) -> str:
+def ratio_text(results: Results[Timing], ours: Timing, opponent: str) -> str:
     """How many times the opponent's rate ours is; `dense` does more work and is compared by time."""
     other = results.get(ours.shape, ours.dtype, ours.kind, opponent)
     if other is None or other == ours:
@@ -117,7 +98,7 @@ def ratio_text(results: Results, ours: Timing, opponent: str) -> str:
     return f"{ratio:.2f}{'*' if other.rows < ours.rows else ' '}"
 
 
-def table_row(results: Results, rates: Rates, ours: Timing, columns: list[str]) -> str:
+def table_row(results: Results[Timing], rates: Rates, ours: Timing, columns: list[str]) -> str:
     """One line of a shape's table."""
     floor = rates.floor(ours.flop, ours.bytes)
     share = results.ratio(ours.shape, ours.dtype, ours.kind, ours.name, "torch.mm")
@@ -126,12 +107,12 @@ def table_row(results: Results, rates: Rates, ours: Timing, columns: list[str]) 
     return f"{what:<36}{share:>5.2f}{'-' if floor is None else f'{floor / ours.median:.0%}':>7}{cells}".rstrip()
 
 
-def ours_of(results: Results) -> list[Timing]:
+def ours_of(results: Results[Timing]) -> list[Timing]:
     """Our own timings, but for the dense product beside a selection, which `forward` shows."""
     return [t for t in results.timings.values() if t.name in OURS[t.kind] and t.name != "dense"]
 
 
-def print_tables(results: Results, rates: Rates) -> None:
+def print_tables(results: Results[Timing], rates: Rates) -> None:
     """Print a table for each shape."""
     print(f"\n{LEGEND}")
     rows = ours_of(results)
@@ -145,18 +126,9 @@ def print_tables(results: Results, rates: Rates) -> None:
             print("\n".join(table_row(results, rates, row, columns) for row in own))
 
 
-def print_marks(marks: list[MarkResult], threads: int, markdown: bool) -> None:
-    """Print the table of marks."""
-    print(f"\nMarks, geometric means over the shapes with 128 rows and more, {threads} threads (set for 2)\n")
-    cells = [(m.title, "not measured" if m.value is None else f"{m.value:.2f}", m.mark, m.verdict) for m in marks]
-    if markdown:
-        print("| | measured | mark | |\n|---|---|---|---|")
-    for title, value, mark, verdict in cells:
-        line = f"| {title} | {value} | {mark} | {verdict} |" if markdown else f"{title:<100}"
-        print(line if markdown else f"{line}{value:>12}  {mark:<8}  {verdict}".rstrip())
-
-
-def record(options: argparse.Namespace, rates: Rates, results: Results, marks: list[MarkResult]) -> dict[str, object]:
+def record(
+    options: argparse.Namespace, rates: Rates, results: Results[Timing], marks: list[MarkResult]
+) -> dict[str, object]:
     """All that was measured."""
     entries = []
     for timing in results.timings.values():
@@ -196,26 +168,17 @@ def bench(options: argparse.Namespace) -> None:
     if options.quick:
         print("--quick: few rows and repeats, no figure means anything")
     print_tables(results, rates)
-    marks = judge(results)
-    print_marks(marks, options.threads, options.markdown)
+    marks = judge(results, MARKS)
+    over = f"geometric means over the shapes with 128 rows and more, {options.threads} threads (set for 2)"
+    print_marks(marks, over, options.markdown)
     if options.output is not None:
         write(options.output, record(options, rates, results, marks))
         print(f"\nWritten: {options.output}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmarks. Exit codes: 0 all right, 1 wrong results, 2 an error of the user."""
-    try:
-        bench(parse_arguments(argv))
-    except UserError as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        return 2
-    except WrongResultError as error:
-        print(f"FAILED: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """Run the benchmarks."""
+    return exit_code(Path(__file__).name, lambda: bench(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

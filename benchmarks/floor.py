@@ -35,12 +35,19 @@ class Rates(NamedTuple):
 def work(kind: Kind, shape: Shape, itemsize: int) -> tuple[float, float]:
     """FLOP, and the fewest bytes that must be read and written, each tensor once."""
     M, nh, e, h = shape.rows, shape.num_heads, shape.embed, shape.num_heads * shape.head_dim
+    t = shape.batch * shape.top_k
     if kind == "backward":
         return 4.0 * M * h * e, float(itemsize * (M * nh * e + 2 * M * h + 2 * h * e))
+    if kind == "wgrad":
+        return 2.0 * M * h * e, float(itemsize * (M * nh * e + M * h + h * e))
+    if kind == "selection":  # scores, 64-bit positions
+        return 0.0, float(4 * M + 8 * t)
+    if kind == "importance gradients":  # output and gradients; grad_input is dense, zeros included
+        return 6.0 * t * h * e, float(itemsize * (2 * t * nh * e + t * h + M * h + 2 * h * e) + 4 * M)
     scores = 0
     if kind == "importance":
         scores = 4 * M
-        M = shape.batch * shape.top_k
+        M = t
     return 2.0 * M * h * e, float(itemsize * (M * h + h * e + M * nh * e) + scores)
 
 

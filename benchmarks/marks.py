@@ -6,22 +6,27 @@ with fresh ones of PyTorch, reused ones with reused ones.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from results import Results, geometric_mean
 from shapes import SHAPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from problem import Kind
+    from timing import Timing
+
+Measured = TypeVar("Measured")
 
 
-class Mark(NamedTuple):
+@dataclass(frozen=True)
+class Mark(Generic[Measured]):
     """One figure and its bound."""
 
     title: str
-    figure: Callable[[Results], float | None]  # None: this run did not measure it
+    figure: Callable[[Measured], float | None]  # None: this run did not measure it
     bound: float | None = None  # None: reported, not judged
     at_most: bool = False
 
@@ -35,18 +40,18 @@ class MarkResult(NamedTuple):
     verdict: str
 
 
-def mean(dtype: str, kind: Kind, ours: str, opponent: str) -> Callable[[Results], float | None]:
+def mean(dtype: str, kind: Kind, ours: str, opponent: str) -> Callable[[Results[Timing]], float | None]:
     """The mean ratio of the rates."""
     return lambda results: results.mean(dtype, kind, ours, opponent)
 
 
-def slowest_against_pytorch(results: Results) -> float | None:
+def slowest_against_pytorch(results: Results[Timing]) -> float | None:
     """The lowest ratio on any shape: fresh against einsum, reused against bmm(out=) and the loop."""
     pairs = (("fresh", "einsum"), ("out=", "bmm(out=)"), ("out=", "loop"))
     return min((x for p in pairs for x in results.ratios("float32", "forward", *p).values()), default=None)
 
 
-def cost_of_an_eighth(results: Results) -> float | None:
+def cost_of_an_eighth(results: Results[Timing]) -> float | None:
     """Time of selecting and multiplying the kept eighth, over the time of our dense product."""
     costs = []
     for shape in SHAPES:
@@ -56,33 +61,33 @@ def cost_of_an_eighth(results: Results) -> float | None:
     return geometric_mean(costs)
 
 
-def gain_on_an_eighth(results: Results) -> float | None:
+def gain_on_an_eighth(results: Results[Timing]) -> float | None:
     """The eager selection and product over ours."""
     names = [shape.name for shape in SHAPES if shape.kept == 1 / 8]
     ratios = [results.ratio(name, "float32", "importance", "kept", "eager") for name in names]
     return geometric_mean(ratio for ratio in ratios if ratio)
 
 
-def decode_against_bmm(results: Results) -> float | None:
+def decode_against_bmm(results: Results[Timing]) -> float | None:
     """The lower of fresh against fresh and reused against reused."""
     pairs = (("fresh", "bmm"), ("out=", "bmm(out=)"))
     ratios = [results.ratio("deepseek-q-1", "float32", "forward", *pair) for pair in pairs]
     return min((ratio for ratio in ratios if ratio), default=None)
 
 
-def decode_bfloat16(results: Results) -> float | None:
+def decode_bfloat16(results: Results[Timing]) -> float | None:
     """Our float32 over our bfloat16."""
     full, half = (results.get("deepseek-q-1", dtype, "forward", "fresh") for dtype in ("float32", "bfloat16"))
     return full.median / half.median if full and half else None
 
 
-def call_overhead(results: Results) -> float | None:
+def call_overhead(results: Results[Timing]) -> float | None:
     """Our time over that of torch.bmm."""
     ratio = results.ratio("smallest", "float32", "forward", "fresh", "bmm")
     return 1 / ratio if ratio else None
 
 
-def half_marks(dtype: str) -> tuple[Mark, ...]:
+def half_marks(dtype: str) -> tuple[Mark[Results[Timing]], ...]:
     """The same for both half types."""
     without = "x einsum without oneDNN, as on CPUs without half-precision instructions"
     return (
@@ -112,11 +117,11 @@ MARKS = (
 )
 
 
-def judge(results: Results) -> list[MarkResult]:
+def judge(measured: Measured, marks: Iterable[Mark[Measured]]) -> list[MarkResult]:
     """Every mark; what was not measured has no value."""
     judged = []
-    for mark in MARKS:
-        value = mark.figure(results)
+    for mark in marks:
+        value = mark.figure(measured)
         if mark.bound is None:
             judged.append(MarkResult(mark.title, value, "reported", ""))
             continue
@@ -124,3 +129,14 @@ def judge(results: Results) -> list[MarkResult]:
         verdict = "" if value is None else "pass" if passes else "MISS"
         judged.append(MarkResult(mark.title, value, f"{'<=' if mark.at_most else '>='} {mark.bound:.2f}", verdict))
     return judged
+
+
+def print_marks(marks: list[MarkResult], over: str, markdown: bool) -> None:
+    """Print the table of marks."""
+    print(f"\nMarks, {over}\n")
+    cells = [(m.title, "not measured" if m.value is None else f"{m.value:.2f}", m.mark, m.verdict) for m in marks]
+    if markdown:
+        print("| | measured | mark | |\n|---|---|---|---|")
+    for title, value, mark, verdict in cells:
+        line = f"| {title} | {value} | {mark} | {verdict} |" if markdown else f"{title:<100}"
+        print(line if markdown else f"{line}{value:>12}  {mark:<8}  {verdict}".rstrip())

@@ -53,6 +53,20 @@ def environment() -> dict[str, object]:
     }
 
 
+def gpu_environment() -> dict[str, object]:
+    """The current device."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "bytes of L2": properties.L2_cache_size,
+        "bytes of memory": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "built for": mhmatmul_ext._C.build_config()["cuda_architectures"],
+    }
+
+
 def default_path(device: str) -> Path:
     """Such as `results/2026-01-31-cpu-avx2.json`."""
     return FOLDER / f"{datetime.date.today().isoformat()}-{device}.json"

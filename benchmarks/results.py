@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from shapes import SHAPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from problem import Kind
     from shapes import Shape
-    from timing import Timing
+
+
+class Timed(Protocol):
+    """How fast one way was on one shape."""
+
+    @property
+    def shape(self) -> str:
+        """The name of the shape."""
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype."""
+
+    @property
+    def kind(self) -> Kind:
+        """What is computed."""
+
+    @property
+    def name(self) -> str:
+        """The name of the way."""
+
+    @property
+    def rate(self) -> float:
+        """Work per second."""
+
+
+T = TypeVar("T", bound=Timed)
 
 
 def has_many_rows(shape: Shape) -> bool:
@@ -20,13 +46,17 @@ def has_many_rows(shape: Shape) -> bool:
     return shape.rows >= 128
 
 
-class Results:
-    """Timings by shape, dtype, kind and name."""
+MANY_ROWS = tuple(shape.name for shape in SHAPES if has_many_rows(shape))
 
-    def __init__(self, timings: Iterable[Timing]) -> None:
+
+class Results(Generic[T]):
+    """Timings by shape, dtype, kind and name; `averaged` names the shapes that ratios and means are about."""
+
+    def __init__(self, timings: Iterable[T], averaged: Collection[str] = MANY_ROWS) -> None:
+        self.averaged = averaged
         self.timings = {(t.shape, t.dtype, t.kind, t.name): t for t in timings}
 
-    def get(self, shape: str, dtype: str, kind: Kind, name: str) -> Timing | None:
+    def get(self, shape: str, dtype: str, kind: Kind, name: str) -> T | None:
         """One timing, or None where it was not measured."""
         return self.timings.get((shape, dtype, kind, name))
 
@@ -37,8 +67,7 @@ class Results:
 
     def ratios(self, dtype: str, kind: Kind, ours: str, opponent: str) -> dict[str, float]:
         """The ratios for the shapes with many rows."""
-        names = [shape.name for shape in SHAPES if has_many_rows(shape)]
-        found = {name: self.ratio(name, dtype, kind, ours, opponent) for name in names}
+        found = {name: self.ratio(name, dtype, kind, ours, opponent) for name in self.averaged}
         return {name: ratio for name, ratio in found.items() if ratio is not None}
 
     def mean(self, dtype: str, kind: Kind, ours: str, opponent: str) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from problem import Kind, Problem, make_problem
 from torch import Tensor
 from torch.utils.benchmark import Timer
 from verify import check
-from ways import OPPONENTS, OURS, Way, is_half, namespace
+from ways import OPPONENTS, OURS, Way, evaluate, is_half, namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,15 +80,9 @@ def onednn(enabled: bool) -> Iterator[None]:
 
 
 def run(candidate: Candidate) -> tuple[Tensor, ...]:
-    """The result of a way, of one call; memory that it was to write and did not holds NaN."""
-    names = candidate.names
-    out = names.get("out")
-    if isinstance(out, Tensor):
-        out.fill_(math.nan)
+    """The result of a way, of one call."""
     with onednn(candidate.way.onednn):
-        names["r"] = eval(candidate.way.statement, names)
-    result = eval(candidate.way.result, names)
-    return result if isinstance(result, tuple) else (result,)
+        return evaluate(candidate.way, candidate.names)
 
 
 def build(name: str, way: Way, problem: Problem) -> Candidate:

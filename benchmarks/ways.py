@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from floor import find_compiler
 from problem import Kind, Problem
 from torch import Tensor
 
-from mhmatmul_ext import matmul_with_importance, matmul_with_multi_head
+from mhmatmul_ext import matmul_with_importance, matmul_with_multi_head, select_important
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +45,23 @@ class Way(NamedTuple):
     computes: Kind = "forward"
     applies: Callable[[Problem], bool] = always
     onednn: bool = True  # False: PyTorch's own loops, which CPUs without half-precision instructions run
+    captures: bool = True  # False: no CUDA graph can hold it, since sizes depend on data, or it is one already
+
+
+def evaluate(way: Way, names: dict[str, object]) -> tuple[Tensor, ...]:
+    """The result of a way, of one call; memory that it was to write and did not holds NaN."""
+    for name in ("out", "grad_A", "grad_W"):
+        memory = names.get(name)
+        if isinstance(memory, Tensor):
+            memory.fill_(math.nan)
+    names["r"] = eval(way.statement, names)
+    return result_of(way, names)
+
+
+def result_of(way: Way, names: dict[str, object]) -> tuple[Tensor, ...]:
+    """What is to be checked, after the statement gave `r`."""
+    result = eval(way.result, names)
+    return result if isinstance(result, tuple) else (result,)
 
 
 def einsum(A: Tensor, W: Tensor) -> Tensor:
@@ -118,7 +136,7 @@ OPPONENTS: dict[Kind, dict[str, Way]] = {
 def namespace(problem: Problem) -> dict[str, object]:
     """The names that statements may use: small letters as the public functions take them, capitals by head."""
     A, W, G = problem.heads
-    functions = (matmul_with_multi_head, matmul_with_importance, einsum, loop, select_and_multiply)
+    functions = (matmul_with_multi_head, matmul_with_importance, select_important, einsum, loop, select_and_multiply)
     return {function.__name__: function for function in functions} | {
         "torch": torch,
         "input": problem.input,
@@ -132,4 +150,5 @@ def namespace(problem: Problem) -> dict[str, object]:
         "W": W,
         "G": G,
         "O": problem.out.flatten(0, 1),
+        "kept_grad": problem.kept_grad,
     }

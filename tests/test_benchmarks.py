@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 WITH_A_WRONG_OPPONENT = """
@@ -21,7 +23,9 @@ sys.exit(cpu.main(sys.argv[4:]))
 
 
 def run(*command, cwd):
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=cwd)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the package that these tests import
+    command = [sys.executable, *command]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
 
 
 def floats(value):
@@ -94,3 +98,49 @@ def test_says_what_is_wrong(options, message, tmp_path):
     result = run(BENCHMARKS / "cpu.py", "--quick", *options, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith(f"cpu.py: error: {message}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a CUDA device")
+def test_gpu_without_a_device(tmp_path):
+    result = run(BENCHMARKS / "gpu.py", "--quick", cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "gpu.py: error: no CUDA device\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shape", "nonsense"), "argument --shape: invalid choice: 'nonsense'"),
+        (("--repeats", "1"), "--repeats must be at least 2, got 1"),
+        (("--output", "nowhere/result.json"), "--output: there is no folder nowhere"),
+    ],
+)
+def test_gpu_says_what_is_wrong(options, message, tmp_path):
+    result = run(BENCHMARKS / "gpu.py", "--quick", *options, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"gpu.py: error: {message}")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_gpu_quick_run(tmp_path):
+    choice = ("--shape", "mod", "deepseek-q-1", "selection", "--output", "gpu.json")
+    result = run(BENCHMARKS / "gpu.py", "--quick", *choice, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Not timed" not in result.stdout
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert all(math.isfinite(number) for number in floats(record))
+    timed = {(t["kind"], t["name"], t["mode"]) for t in record["timings"] if t["shape"] == "mod"}
+    graph = {("forward", "out="), ("forward", "bmm(out=)"), ("backward", "explicit"), ("importance", "capacity")}
+    eager = graph | {("importance", "kept"), ("importance", "eager")}
+    assert {(*way, f"graph {cache}") for way in graph for cache in ("cold", "hot")} <= timed
+    assert {(*way, f"eager {cache}") for way in eager for cache in ("cold", "hot")} <= timed
+    assert not any(mode.startswith("graph") for kind, name, mode in timed if name in ("kept", "eager"))
+
+
+@pytest.mark.slow
+def test_plot_says_what_is_wrong(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    result = run(BENCHMARKS / "plot.py", "other.json", "picture.png", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (2, "plot.py: error: other.json is not a record of gpu.py\n")

@@ -14,7 +14,7 @@ namespace {
 struct Avx2 {
   using Sum = float;
   using Vector = __m256;
-  static constexpr int kWidth = 8, kRows = 6, kVectors = 2, kWide = 8;
+  static constexpr int kWidth = 8, kRows = 6, kVectors = 2, kWide = 8, kFetchedSize = 2;
 
   static Vector zero() { return _mm256_setzero_ps(); }
   static Vector broadcast(float x) { return _mm256_set1_ps(x); }

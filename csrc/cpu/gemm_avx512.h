@@ -12,7 +12,7 @@ namespace {
 struct Avx512 {
   using Sum = float;
   using Vector = __m512;
-  static constexpr int kWidth = 16, kRows = 12, kVectors = 2, kWide = 8;
+  static constexpr int kWidth = 16, kRows = 12, kVectors = 2, kWide = 8, kFetchedSize = 0;
 
   static Vector zero() { return _mm512_setzero_ps(); }
   static Vector broadcast(float x) { return _mm512_set1_ps(x); }

@@ -2,8 +2,9 @@
 // instantiates it once; nothing here may be called from outside that file but through its table.
 //
 // An instruction set `Isa` gives: a Vector of kWidth elements of `Sum`; the register block, kRows by kVectors vectors,
-// or kWide vectors of a single row; and load (from any element type), broadcast, zero, add, fma, store (to any element
-// type, rounding once) and transpose (of a square of kWidth).
+// or kWide vectors of a single row; kFetchedSize, the size of elements of B that are
+// fetched ahead where B is read in place for a single row (0: none); and load (from any element type), broadcast, zero,
+// add, fma, store (to any element type, rounding once) and transpose (of a square of kWidth).
 #pragma once
 
 #include "gemm.h"
@@ -105,6 +106,9 @@ struct Gemm {
         Vector row[V];
 #pragma GCC unroll 32
         for (int v = 0; v < V; ++v) row[v] = Isa::load(b + v * kWidth);
+        if constexpr (M == 1 && sizeof(B) == Isa::kFetchedSize)
+          for (int next = V * kWidth; next < 2 * V * kWidth; next += kCacheLine / sizeof(B))
+            __builtin_prefetch(b + next);
 #pragma GCC unroll 32
         for (int i = 0; i < M; ++i) {
           const Vector scalar = Isa::broadcast(a[i * kRowStep]);
@@ -488,16 +492,28 @@ struct Gemm {
             }
           }
 
+      const int64_t turns = part.heads * panels * strips;
+      const auto announce = [&](const T* const* rows, const Strides& strides, int64_t columns) {
+        const int64_t bytes = ((part.heads - 1) * strides.head + columns) * static_cast<int64_t>(sizeof(T));
+        const bool dense = strides.column == 1 && strides.head <= 2 * columns;
+        const int64_t lines = ceil_div(next_tokens->count * ceil_div(bytes, kCacheLine), turns);
+        return Announcement<T>{rows, 0, dense ? next_tokens->count : 0, bytes, lines};
+      };
+      auto next_a = announce(next_tokens->a, problem.a_strides, part.rows);
+      auto next_g = announce(next_tokens->g, problem.g_strides, part.columns);
+      auto next = [&] {
+        next_a();
+        next_g();
+      };
       for (int64_t head = 0; head < part.heads; ++head)
         for (int64_t panel = 0; panel < panels; ++panel)
           for_pieces(part.rows, [&](auto size, int64_t i0) {
             constexpr int M = decltype(size)::value;
-            const auto nothing = [] {};
             const Sum* const strip = a + (head * strips + i0 / kRows) * kStrip + i0 % kRows;
             const Sum* const columns = g + (head * panels + panel) * kPanel;
             Sum* const to = sums + (head * part.rows + i0) * part.width + panel * kColumns;
             block<M, Isa::kVectors, 1>(tokens->count, strip, kRows, columns, kColumns,
-                                       Accumulate{to, part.width, first == 0}, nothing);
+                                       Accumulate{to, part.width, first == 0}, next);
           });
     }
 

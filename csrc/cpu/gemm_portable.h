@@ -15,7 +15,7 @@ template <class Sum_, int kWidth_>
 struct Portable {
   using Sum = Sum_;
   typedef Sum_ Vector __attribute__((vector_size(kWidth_ * sizeof(Sum_))));
-  static constexpr int kWidth = kWidth_, kRows = 4, kVectors = 2, kWide = 4;
+  static constexpr int kWidth = kWidth_, kRows = 4, kVectors = 2, kWide = 4, kFetchedSize = 0;
 
   static Vector zero() { return Vector{}; }
   static Vector broadcast(Sum x) { return Vector{} + x; }

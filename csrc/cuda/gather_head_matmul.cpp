@@ -30,13 +30,15 @@ Tensor gather(const Tensor& input, const Tensor& indices) {
   return rows;
 }
 
-// rows [t, nh, x] with zeros where the index names none of the m rows, written to `to` (which may be `rows`).
-void mask(const Tensor& rows, const Tensor& indices, int64_t m, const Tensor& to) {
+// A copy of rows [t, nh, x] with zeros where the index names none of the m rows.
+Tensor masked(const Tensor& rows, const Tensor& indices, int64_t m) {
   const Tensor from = as_rows(rows);
+  Tensor to = at::empty(rows.sizes(), rows.options());
   cuda::mask_rows(from.const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0), m,
                   from.size(1), from.element_size(), to.mutable_data_ptr(), from.size(1),
                   at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return to;
 }
 
 cuda::Dtype dtype_of(const Tensor& tensor) {
@@ -71,9 +73,7 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indi
 
 // Whatever a padding row's gradient holds, it counts for nothing; so both operands are masked.
 Tensor wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
-  Tensor masked = at::empty(grad_output.sizes(), grad_output.options());
-  mask(grad_output, indices, input.size(0), masked);
-  return cuda::wgrad(masked, gather(input, indices));
+  return cuda::wgrad(masked(grad_output, indices, input.size(0)), gather(input, indices));
 }
 
 Tensor gather_head_matmul_cuda(const Tensor& input, const Tensor& weight, const Tensor& indices,
@@ -83,7 +83,10 @@ Tensor gather_head_matmul_cuda(const Tensor& input, const Tensor& weight, const 
   const Tensor contiguous_indices = indices.contiguous();
   Tensor output = at::empty({indices.size(0), weight.size(0), weight.size(2)}, input.options());
   cuda::forward(gather(input, contiguous_indices), weight, bias, output);
-  mask(output, contiguous_indices, input.size(0), output);
+  cuda::zero_rows(contiguous_indices.const_data_ptr<int64_t>(), indices.size(0), input.size(0),
+                  output.size(1) * output.size(2), output.element_size(), output.mutable_data_ptr(),
+                  at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return output;
 }
 

@@ -58,6 +58,16 @@ void copy_rows(const void* from, int64_t from_stride, const int64_t* indices, in
   }
 }
 
+// to[r] = zeros where indices[r] names no row; the others are not touched.
+template <class Word>
+__global__ void zero_rows_kernel(const int64_t* indices, int64_t t, int64_t m, int64_t width, Word* to) {
+  for (int64_t r = first_row(); r < t; r += row_step()) {
+    const int64_t index = indices[r];
+    if (index >= 0 && index < m) continue;
+    for (int64_t c = threadIdx.x; c < width; c += kWarp) to[r * width + c] = Word{};
+  }
+}
+
 // The first place whose value is not below `value`.
 __device__ int64_t lower_bound(const int64_t* sorted, int64_t t, int64_t value) {
   int64_t low = 0, high = t;
@@ -100,6 +110,13 @@ void gather_rows(const void* from, int64_t from_stride, const int64_t* indices, 
 void mask_rows(const void* from, int64_t from_stride, const int64_t* indices, int64_t t, int64_t m, int64_t width,
                int64_t element_size, void* to, int64_t to_stride, cudaStream_t stream) {
   copy_rows<false>(from, from_stride, indices, t, m, width, element_size, to, to_stride, stream);
+}
+
+void zero_rows(const int64_t* indices, int64_t t, int64_t m, int64_t width, int64_t element_size, void* to,
+               cudaStream_t stream) {
+  if (t == 0 || width == 0) return;
+  zero_rows_kernel<<<blocks_for(t), block_shape(), 0, stream>>>(indices, t, m, width * element_size / 2,
+                                                                static_cast<uint16_t*>(to));
 }
 
 void sum_rows(const void* from, const int64_t* sorted, const int64_t* order, int64_t t, int64_t m, int64_t width,

@@ -13,9 +13,13 @@ namespace mhmatmul::cuda {
 void gather_rows(const void* from, int64_t from_stride, const int64_t* indices, int64_t t, int64_t m, int64_t width,
                  int64_t element_size, void* to, cudaStream_t stream);
 
-// to[r, :] = from[r, :], zeros where indices[r] names no row. `to` may be `from` with the same stride.
+// to[r, :] = from[r, :], zeros where indices[r] names no row.
 void mask_rows(const void* from, int64_t from_stride, const int64_t* indices, int64_t t, int64_t m, int64_t width,
                int64_t element_size, void* to, int64_t to_stride, cudaStream_t stream);
+
+// to[r, :] = zeros where indices[r] names no row; rows of `width` elements side by side. The others are not touched.
+void zero_rows(const int64_t* indices, int64_t t, int64_t m, int64_t width, int64_t element_size, void* to,
+               cudaStream_t stream);
 
 enum class Dtype { kFloat64, kFloat32, kFloat16, kBFloat16 };
 

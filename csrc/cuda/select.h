@@ -21,16 +21,29 @@ struct Threshold {
   const typename Format::Bits* pointer;
 };
 
-// Each row's rule for score >= top_p and among the k highest, and min(candidates, count_limit) into
-// counts[row].
-template <class Format>
-void find_rules(const Scores<Format>& scores, const Threshold<Format>& top_p, int64_t k, int64_t count_limit,
-                SelectionRule<Format>* rules, int64_t* counts, cudaStream_t stream);
+// Where select_packed writes: positions of all rows without gaps, each row's first place, and how many there are.
+struct Packed {
+  int64_t* indices;            // as many places as rows can keep
+  int32_t* cu_seqlens;         // [b + 1]
+  int64_t* total;              // one word
+  unsigned long long* words;   // [b], zeros: the rows' counts on their way
+  unsigned long long* ticket;  // one word, zero
+};
 
-// Each row's kept positions (row * s + j), ascending: from starts[row] on; or, without `starts`, from row *
-// capacity on and padded with -1 to `capacity` places.
+// Where select_padded writes: a row's positions from row * capacity on, padded with -1, and min(candidates,
+// count_limit) for each row.
+struct Padded {
+  int64_t* indices;
+  int64_t* counts;
+  int64_t capacity, count_limit;
+};
+
+// Each row's positions (row * s + j) with score >= top_p and among the k highest, ascending.
 template <class Format>
-void write_kept(const Scores<Format>& scores, const SelectionRule<Format>* rules, const int64_t* starts,
-                int64_t capacity, int64_t* indices, cudaStream_t stream);
+void select_packed(const Scores<Format>& scores, const Threshold<Format>& top_p, int64_t k, const Packed& packed,
+                   cudaStream_t stream);
+template <class Format>
+void select_padded(const Scores<Format>& scores, const Threshold<Format>& top_p, int64_t k, const Padded& padded,
+                   cudaStream_t stream);
 
 }  // namespace mhmatmul::cuda

@@ -9,7 +9,9 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
+#include <ATen/cuda/CUDAGraphsUtils.cuh>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
@@ -33,34 +35,38 @@ cuda::Threshold<Format> threshold_of(const Tensor& rounded) {
   return rounded.is_cuda() ? cuda::Threshold<Format>{0, bits} : cuda::Threshold<Format>{*bits, nullptr};
 }
 
-template <class Format>
-Tensor empty_rules(const Tensor& probs) {
-  return at::empty({probs.size(0) * static_cast<int64_t>(sizeof(SelectionRule<Format>))},
-                   probs.options().dtype(at::kByte));
+// Of what was allocated for the most that rows can keep, the part that they do keep: a copy where it would hold on to
+// more than as much again.
+Tensor first(const Tensor& indices, int64_t t) {
+  constexpr int64_t kNegligible = int64_t{1} << 17;  // places: 1 MiB
+  const Tensor part = indices.narrow(0, 0, t);
+  return indices.size(0) - t > std::max(t, kNegligible) ? part.clone() : part;
 }
 
 template <class Format>
 std::tuple<Tensor, Tensor> select(const Tensor& probs, const cuda::Threshold<Format>& top_p,
                                   std::optional<int64_t> top_k) {
-  const int64_t b = probs.size(0), k = top_k.value_or(probs.size(1));
-  Tensor counts = at::zeros({b + 1}, probs.options().dtype(at::kLong));  // one place down, for the running sum
-  if (b == 0) return {counts.narrow(0, 0, 0), counts.to(at::kInt)};
+  const int64_t b = probs.size(0), s = probs.size(1), k = top_k.value_or(s);
+  Tensor cu_seqlens = at::empty({b + 1}, probs.options().dtype(at::kInt));
+  const auto longs = probs.options().dtype(at::kLong);
+  if (b == 0) return {at::empty({0}, longs), cu_seqlens.zero_()};
+  TORCH_CHECK(at::cuda::currentStreamCaptureStatus() == c10::cuda::CaptureStatus::None,
+              "select_important: how many tokens are kept depends on data, which a CUDA graph cannot capture; give a "
+              "capacity");
 
   const auto scores = scores_of<Format>(probs);
-  const auto stream = at::cuda::getCurrentCUDAStream();
-  Tensor rules_memory = empty_rules<Format>(probs);
-  auto* const rules = reinterpret_cast<SelectionRule<Format>*>(rules_memory.mutable_data_ptr());
-  cuda::find_rules<Format>(scores, top_p, k, k, rules, counts.mutable_data_ptr<int64_t>() + 1, stream);
+  Tensor indices = at::empty({b * std::min(k, s)}, longs);
+  Tensor words = at::zeros({b + 2}, longs);  // and, behind them, the ticket and the total
+  auto* const word = words.mutable_data_ptr<int64_t>();
+  cuda::select_packed<Format>(
+      scores, top_p, k,
+      {indices.mutable_data_ptr<int64_t>(), cu_seqlens.mutable_data_ptr<int32_t>(), word + b + 1,
+       reinterpret_cast<unsigned long long*>(word), reinterpret_cast<unsigned long long*>(word + b)},
+      at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-
-  const Tensor starts = counts.cumsum(0);
-  const int64_t t = starts[b].item<int64_t>();
+  const int64_t t = words[b + 1].item<int64_t>();  // the only wait
   check_kept("select_important", t);
-  Tensor indices = at::empty({t}, probs.options().dtype(at::kLong));
-  cuda::write_kept<Format>(scores, rules, starts.const_data_ptr<int64_t>(), 0, indices.mutable_data_ptr<int64_t>(),
-                           stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {indices, starts.to(at::kInt)};
+  return {first(indices, t), cu_seqlens};
 }
 
 std::tuple<Tensor, Tensor> select_important_cuda(const Tensor& probs, double top_p, std::optional<int64_t> top_k) {
@@ -93,16 +99,11 @@ std::tuple<Tensor, Tensor> select_important_static_cuda(const Tensor& probs, con
   if (b == 0) return {indices, counts};
 
   const Tensor rounded = top_p.to(probs.scalar_type());
-  const auto stream = at::cuda::getCurrentCUDAStream();
   with_score_format(probs.scalar_type(), [&](auto format) {
     using Format = decltype(format);
-    const auto scores = scores_of<Format>(probs);
-    Tensor rules_memory = empty_rules<Format>(probs);
-    auto* const rules = reinterpret_cast<SelectionRule<Format>*>(rules_memory.mutable_data_ptr());
-    cuda::find_rules<Format>(scores, threshold_of<Format>(rounded), std::min(k, capacity), k, rules,
-                             counts.mutable_data_ptr<int64_t>(), stream);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    cuda::write_kept<Format>(scores, rules, nullptr, capacity, indices.mutable_data_ptr<int64_t>(), stream);
+    cuda::select_padded<Format>(scores_of<Format>(probs), threshold_of<Format>(rounded), std::min(k, capacity),
+                                {indices.mutable_data_ptr<int64_t>(), counts.mutable_data_ptr<int64_t>(), capacity, k},
+                                at::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {indices, counts};
