@@ -2,9 +2,9 @@
 // instantiates it once; nothing here may be called from outside that file but through its table.
 //
 // An instruction set `Isa` gives: a Vector of kWidth elements of `Sum`; the register block, kRows by kVectors vectors,
-// or kWide vectors of a single row; kFetchedSize, the size of elements of B that are
-// fetched ahead where B is read in place for a single row (0: none); and load (from any element type), broadcast, zero,
-// add, fma, store (to any element type, rounding once) and transpose (of a square of kWidth).
+// or kWide vectors of a single row; kFetchedSize, the size of elements of B that are fetched ahead where it is read in
+// place for a single row (0: none); and load (from any element type), broadcast, zero, add, fma, store (to any element
+// type, rounding once) and transpose (of a square of kWidth).
 #pragma once
 
 #include "gemm.h"
@@ -184,7 +184,7 @@ struct Gemm {
     for (int64_t p = 0; p < k; ++p) convert(from + p * row_stride, column_stride, columns, panel + p * kColumns);
   }
 
-  // A task's part of a problem: heads, rows and columns, each from the first of them to the last but one.
+  // A task's part of a problem: so many heads, rows and columns from the first of each on.
   struct Part {
     int64_t first_head, heads, first_row, rows, first_column, columns;
     int64_t width;  // columns, rounded up to whole panels

@@ -9,15 +9,18 @@
 //   arithmetic: heads of 64 run 1.8 times as fast, 4 % in the mean. Fetched all at once they stall the arithmetic.
 // - Half a MiB of packed B instead of a quarter. 2 %.
 // - Threads that take tasks one by one instead of halves of all: 4 to 13 % where a core is disturbed.
-// - wgrad in strips and panels, 128 tokens at a time: 3 to 12 %.
+// - wgrad in strips and panels, 128 tokens at a time: 3 to 12 %; the next tokens fetched ahead, a few lines a register
+//   block: a third at heads of 64, 4 to 8 % at 128. (With blocks of 256 tokens it gained nothing.)
+// - Nine rows and more, float32: B packed instead of read in place. 16 % at 16 rows.
 // Not kept: register blocks of 14x2, 9x3, 6x4 (the same); fetching ahead the lines to be stored, at once or spread (up
-// to 3 % slower); fetching ahead in wgrad (nothing, or slower at heads of 64, where the line buffers are full);
-// kBlockK 256 (the same); 1 MiB of packed B (slower); rows of A in place of B in L2 (slower from head_dim 128 on);
-// non-temporal stores (a fifth faster at heads of 64, but what is read next then comes from memory).
+// to 3 % slower); kBlockK 256 (the same); 1 MiB of packed B (slower); rows of A in place of B in L2 (slower from
+// head_dim 128 on); non-temporal stores (a fifth faster at heads of 64, but what is read next then comes from memory).
 // What is left: with A and C in L1 the kernels run at 0.8 to 0.9 of the multiply-add rate, from memory at 0.65 to 0.75.
 //
 // bfloat16 on AMX runs at 2.5 to 4 times the float32 multiply-add rate and is bound by memory; at heads of 64 at 1.5.
-// The AVX2 and portable kernels have not been tuned.
+// AVX2, on the same machine: for a single row of half types, fetching the next columns of B ahead gains 12 % (float32:
+// 5 % slower; AVX-512: nothing); wider rows of it are slower. Otherwise as AVX-512. The portable kernels have not been
+// tuned.
 #pragma once
 
 #include <cstdint>
