@@ -82,6 +82,35 @@ def test_shapes(shape, dtype, device):
         assert_same_selection(probs, 0.25, max(1, shape[1] // 8))
 
 
+@pytest.mark.parametrize("s", [4096, 8192, 8193, 40_001])
+@pytest.mark.parametrize("levels", [3, 1000, 1 << 20])
+def test_long_rows(s, levels, dtype, device):
+    """On a GPU a row of several tiles is read from memory again and again; few levels make ties across tiles."""
+    probs = (torch.randint(levels, (3, s), device=device) / levels).to(dtype)
+    probs[1, s // 2 :] = NAN
+    for top_k in (None, 1, s // 8, s - 1):
+        assert_same_selection(probs, 0.25, top_k)
+    assert_same_selection(probs, 0.25, s // 8, capacity=s // 10)
+
+
+def test_many_rows(dtype, device):
+    assert_same_selection(torch.rand(70_000, 3, device=device).to(dtype), 0.5, 2)
+
+
+def test_few_kept_do_not_hold_on_to_the_memory_for_many(device):
+    probs = torch.rand(4, 200_000, device=device)
+    indices, _ = assert_same_selection(probs, 0.999)
+    assert indices.untyped_storage().nbytes() < 2**20
+
+
+@pytest.mark.gpu
+def test_capture_is_refused():
+    probs, graph = torch.rand(2, 100, device="cuda"), torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="cannot capture; give a capacity"), torch.cuda.graph(graph):
+        select_important(probs, 0.5)
+    assert_same_selection(probs, 0.5)
+
+
 @pytest.mark.parametrize(
     "layout",
     [lambda p: p.t().contiguous().t(), lambda p: p[::2], lambda p: p[:, 1::3], lambda p: p[:1].expand_as(p),

@@ -90,6 +90,7 @@ std::atomic<const Capability*>& current() {
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// What a task may pack of B.
 int64_t packed_bytes() {
   static const int64_t bytes = [] {
     int64_t l2 = 0;  // not known
@@ -101,6 +102,7 @@ int64_t packed_bytes() {
   return bytes;
 }
 
+constexpr int64_t kPanel = 32;        // columns of the widest panel of packed B
 constexpr int64_t kRowUnit = 96;      // a multiple of every instruction set's register block
 constexpr int64_t kColumnUnit = 128;  // likewise, and of whole cache lines in every dtype
 
@@ -153,7 +155,7 @@ Tasks cut(const ForwardProblem& problem, int threads) {
   const int64_t column_bytes = std::max<int64_t>(1, std::min(problem.k, kBlockK)) * static_cast<int64_t>(sizeof(float));
   const int64_t columns = std::max(kColumnUnit, packed_bytes() / column_bytes);
   const int64_t heads =
-      std::max<int64_t>(1, packed_bytes() / (column_bytes * std::min(columns, round_up(problem.n, 32))));
+      std::max<int64_t>(1, packed_bytes() / (column_bytes * std::min(columns, round_up(problem.n, kPanel))));
   const double work = 1.0 * problem.heads * problem.m * problem.n * problem.k;
   const Tasks most =
       problem.k <= kBlockK ? Tasks{0, heads, kTaskRows, columns} : Tasks{0, 1, kTaskRowsWithSums, columns};

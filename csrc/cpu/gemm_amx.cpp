@@ -61,50 +61,50 @@ class Tiles {
 inline void memory_barrier() { asm volatile("" ::: "memory"); }
 
 // sums[32, 32] (+)= a b over `steps` steps: a holds two tiles a step, rows above each other, b two, columns side by
-// side. Only the upper half where `rows` fit in it.
-inline void multiply(int64_t steps, int64_t rows, const T* a, const T* b, float* sums, bool add) {
+// side. Without `both` only the upper half.
+template <bool both>
+inline void multiply_tiles(int64_t steps, const T* a, const T* b, float* sums, bool add) {
   constexpr int64_t kRowBytes = kBlock * sizeof(float);
   float* const lower = sums + kTile * kBlock;
   memory_barrier();
   if (add) {
     _tile_loadd(0, sums, kRowBytes);
     _tile_loadd(1, sums + kTile, kRowBytes);
+    if constexpr (both) {
+      _tile_loadd(2, lower, kRowBytes);
+      _tile_loadd(3, lower + kTile, kRowBytes);
+    }
   } else {
     _tile_zero(0);
     _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
   }
-  if (rows <= kTile) {
-    for (int64_t step = 0; step < steps; ++step, a += 2 * kTileSize, b += 2 * kTileSize) {
-      _tile_loadd(4, a, kTileBytes);
-      _tile_loadd(6, b, kTileBytes);
-      _tile_loadd(7, b + kTileSize, kTileBytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-  } else {
-    if (add) {
-      _tile_loadd(2, lower, kRowBytes);
-      _tile_loadd(3, lower + kTile, kRowBytes);
-    } else {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int64_t step = 0; step < steps; ++step, a += 2 * kTileSize, b += 2 * kTileSize) {
-      _tile_loadd(4, a, kTileBytes);
-      _tile_loadd(6, b, kTileBytes);
-      _tile_loadd(7, b + kTileSize, kTileBytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
+  for (int64_t step = 0; step < steps; ++step, a += 2 * kTileSize, b += 2 * kTileSize) {
+    _tile_loadd(4, a, kTileBytes);
+    _tile_loadd(6, b, kTileBytes);
+    _tile_loadd(7, b + kTileSize, kTileBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (both) {
       _tile_loadd(5, a + kTileSize, kTileBytes);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(2, lower, kRowBytes);
-    _tile_stored(3, lower + kTile, kRowBytes);
   }
   _tile_stored(0, sums, kRowBytes);
   _tile_stored(1, sums + kTile, kRowBytes);
+  if constexpr (both) {
+    _tile_stored(2, lower, kRowBytes);
+    _tile_stored(3, lower + kTile, kRowBytes);
+  }
   memory_barrier();
+}
+
+// For the first `rows` rows of a block.
+inline void multiply(int64_t steps, int64_t rows, const T* a, const T* b, float* sums, bool add) {
+  const auto tiles = rows > kTile ? multiply_tiles<true> : multiply_tiles<false>;
+  tiles(steps, a, b, sums, add);
 }
 
 // `count` elements from `from` on, at most 32, then zeros.

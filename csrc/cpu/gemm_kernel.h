@@ -131,18 +131,22 @@ struct Gemm {
 #pragma GCC unroll 32
         for (int v = 0; v < V; ++v) Isa::store(tile + (i * V + v) * kWidth, sum[i][v]);
     }
-    if (store.takes_vectors(V)) {
+    bool takes_vectors = true;
+    if constexpr (!Store::kTakesAll) takes_vectors = store.takes_vectors(V);
+    if (takes_vectors) {
 #pragma GCC unroll 32
       for (int i = 0; i < M; ++i)
 #pragma GCC unroll 32
         for (int v = 0; v < V; ++v) store.put(i, v, sum[i][v]);
       return;
     }
+    if constexpr (!Store::kTakesAll) {
 #pragma GCC unroll 32
-    for (int i = 0; i < M; ++i)
+      for (int i = 0; i < M; ++i)
 #pragma GCC unroll 32
-      for (int v = 0; v < V; ++v) Isa::store(tile + (i * V + v) * kWidth, sum[i][v]);
-    for (int i = 0; i < M; ++i) store.put_row(i, tile + i * V * kWidth, V * kWidth);
+        for (int v = 0; v < V; ++v) Isa::store(tile + (i * V + v) * kWidth, sum[i][v]);
+      for (int i = 0; i < M; ++i) store.put_row(i, tile + i * V * kWidth, V * kWidth);
+    }
   }
 
   // Cuts `rows` rows into register blocks: calls piece(size, first row), size a compile-time constant.
@@ -271,6 +275,8 @@ struct Gemm {
   // Rounds and stores sums with the bias added; nothing beyond the last column of C.
   template <class T>
   struct Finish {
+    static constexpr bool kTakesAll = false;  // whole vectors, always
+
     T* const* rows;   // of C
     int64_t offset;   // of the first column, into each row
     int64_t columns;  // of C from there on
@@ -299,16 +305,16 @@ struct Gemm {
 
   // Adds sums to those of the blocks before, in memory of whole panels.
   struct Accumulate {
+    static constexpr bool kTakesAll = true;
+
     Sum* to;
     int64_t step;
     bool first;  // there are none before
 
-    bool takes_vectors(int) const { return true; }
     inline __attribute__((always_inline)) void put(int64_t i, int v, Vector sum) const {
       Sum* const place = to + i * step + v * kWidth;
       Isa::store(place, first ? sum : Isa::add(Isa::load(place), sum));
     }
-    void put_row(int64_t, const Sum*, int64_t) const {}
   };
 
   // The bias of a task's columns as sums, head after head, zeros up to whole panels; nullptr where there is none.

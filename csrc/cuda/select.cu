@@ -111,10 +111,10 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const int64_t row = row_shared;
   const Bits* const data = scores.data + row * scores.row_stride;
-  const bool stays = scores.s <= kTile<Format>;
+  const bool is_staged = scores.s <= kTile<Format>;
   auto rule = SelectionRule<Format>::from_threshold(top_p.pointer ? *top_p.pointer : top_p.value);
 
-  // Calls use(key, i) for every score of a stretch of the row, neighbouring threads taking neighbouring scores; several
+  // Calls use(key, j) for every score of the row, neighbouring threads taking neighbouring scores; several
   // loads are under way at a time.
   const auto for_each_key = [&](const auto& use) {
     for (int64_t begin = threadIdx.x; begin < scores.s; begin += kTile<Format>) {
@@ -131,14 +131,14 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   };
-  // The same for a row that stays.
-  const auto for_each_kept_key = [&](const auto& use) {
+  // The same for a row whose keys are in shared memory.
+  const auto for_each_staged_key = [&](const auto& use) {
     for (int64_t j = threadIdx.x; j < scores.s; j += kThreads) use(tile_keys[j], j);
   };
 
   Summary<Format> mine{0, static_cast<Bits>(~Bits{0}), 0};
   for_each_key([&](Bits key, int64_t j) {
-    if (stays) tile_keys[j] = key;
+    if (is_staged) tile_keys[j] = key;
     if (rule.admits(key)) mine = mine + Summary<Format>{1, key, key};
   });
   mine = BlockReduce(storage.reduce).Reduce(mine, Sum<Format>());
@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(kThreads)
         if (rule.admits(key) && (key & found) == prefix)
           atomicAdd(&storage.histogram[(key >> shift) & (kDigits - 1)], 1u);
       };
-      if (stays) {
-        for_each_kept_key(count);
+      if (is_staged) {
+        for_each_staged_key(count);
       } else {
         for_each_key(count);
       }
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads)
 
   int64_t above = 0, ties = 0;
   for (int64_t tile = 0; tile < scores.s && kept > 0; tile += kTile<Format>) {
-    if (!stays) {
+    if (!is_staged) {
       __syncthreads();  // the keys of the tile before have been used
       for (int i = threadIdx.x; i < kTile<Format> && tile + i < scores.s; i += kThreads)
         tile_keys[i] = score_key<Format>(data[(tile + i) * scores.stride]);
