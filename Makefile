@@ -6,10 +6,10 @@ VENV ?= .venv
 CUDA_TORCH ?= torch==2.11.0
 CUDA_VENV ?= .venv-cuda
 
-CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 BUILD_INPUTS = setup.py pyproject.toml $(CPP) $(wildcard backend/*.py mhmatmul_ext/*.py mhmatmul_ext/*.pyi)
 
-.PHONY: help demo bench bench-gpu test test-cuda-build lint format clean
+.PHONY: help demo bench bench-gpu test test-cuda-build test-gpu sanitize-gpu lint format clean
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -26,10 +26,18 @@ test: $(VENV)/built  ## the whole test suite
 	$(VENV)/bin/pytest tests
 
 test-cuda-build: export FORCE_CUDA = 1
-test-cuda-build: export TORCH_CUDA_ARCH_LIST = 9.0
+test-cuda-build: export TORCH_CUDA_ARCH_LIST = 8.0;9.0
 test-cuda-build:  ## compile and link for CUDA (no GPU needed), then the test suite on that build
 	$(MAKE) $(CUDA_VENV)/built VENV=$(CUDA_VENV) TORCH=$(CUDA_TORCH)
 	$(CUDA_VENV)/bin/pytest tests
+
+test-gpu: export MHMATMUL_DEMAND_GPU = 1
+test-gpu: $(VENV)/built  ## the tests that need a GPU; fails where none can run them
+	$(VENV)/bin/pytest -m gpu tests
+
+sanitize-gpu: export MHMATMUL_DEMAND_GPU = 1
+sanitize-gpu: $(VENV)/built  ## the operators' GPU tests under compute-sanitizer: memory, races, initialisation, barriers
+	$(VENV)/bin/python tests/sanitize_gpu.py
 
 lint: $(VENV)/built  ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check .

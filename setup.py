@@ -2,11 +2,13 @@
 
 Environment: FORCE_CUDA=1 demands the CUDA sources, FORCE_CUDA=0 leaves them out; without it they are built when nvcc
 and a torch with CUDA of the same major version are there. TORCH_CUDA_ARCH_LIST chooses architectures, else those of
-torch itself. torch is imported only when there is something to build, so that an sdist needs none.
+torch itself; CUTLASS's headers come from the nvidia-cutlass package or from CUTLASS_PATH. torch is imported only when
+there is something to build, so that an sdist needs none.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -82,6 +84,32 @@ def cublas_link(cuda_home: str) -> tuple[str, str]:
     raise SystemExit("cuBLAS was found neither in the CUDA toolkit nor in torch's nvidia packages")
 
 
+def cutlass_headers() -> str:
+    """CUTLASS's include folder: of CUTLASS_PATH, or of the nvidia-cutlass package, which carries the headers."""
+    if home := os.environ.get("CUTLASS_PATH"):
+        folder = Path(home, "include")
+    else:
+        package = importlib.util.find_spec("cutlass_library")
+        places = (package.submodule_search_locations or []) if package else []
+        folder = Path(*places[:1], "source", "include")
+    if not (folder / "cute" / "tensor.hpp").exists():
+        raise SystemExit(
+            f"CUTLASS's headers, cute/tensor.hpp first, are not in {folder}: "
+            "pip install nvidia-cutlass, or set CUTLASS_PATH to a checkout of CUTLASS"
+        )
+    return str(folder)
+
+
+def with_hopper_features(architectures: str) -> str:
+    """An architecture list in which 9.0 is 9.0a: wgmma and setmaxnreg are in no other code.
+
+    PTX for 9.0a serves no later architecture, so where 9.0's was asked for, 8.0's is built.
+    """
+    names = architectures.replace(" ", ";").split(";")
+    changed = ["9.0a" if name in ("9.0", "9.0a") else "9.0a;8.0+PTX" if name == "9.0+PTX" else name for name in names]
+    return ";".join(name for name in changed if name)
+
+
 def build_arguments() -> dict[str, Any]:
     """What setup() needs to compile; prints the configuration."""
     cuda_home = find_cuda_home()
@@ -114,10 +142,12 @@ def build_arguments() -> dict[str, Any]:
         if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
             flags = re.findall(r"sm_(\d+?)(\d)\b", torch._C._cuda_getArchFlags() or "")
             os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{major}.{minor}" for major, minor in flags) + "+PTX"
-        architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
+        architectures = with_hopper_features(os.environ["TORCH_CUDA_ARCH_LIST"])
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         common["extra_link_args"] += cublas_link(cuda_home)
         has_headers = Path(cuda_home, "include", "cublas_v2.h").exists()
         common["include_dirs"] += [] if has_headers else nvidia_folders("include")
+        common["include_dirs"].append(cutlass_headers())
         operators = CUDAExtension(
             sources=sources(*CPU_SOURCES, *CUDA_SOURCES),
             extra_compile_args={"cxx": optimise, "nvcc": ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]},

@@ -7,6 +7,7 @@ site-packages are appended (not prepended: the isolated setuptools stays first) 
 """
 
 import os
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -24,13 +25,17 @@ def _folder_with_torch() -> "str | None":
     return next((f for f in folders if f and (Path(f) / "torch" / "version.py").is_file()), None)
 
 
+_CUTLASS = "nvidia-cutlass==4.2.*"  # its headers, for a torch with CUDA
 _TORCH = _folder_with_torch()
 if _TORCH is not None and _TORCH not in sys.path:
     sys.path.append(_TORCH)
 
 
 def _requirements() -> "list[str]":
-    return [] if _TORCH is not None else ["torch>=2.11"]
+    if _TORCH is None:
+        return ["torch>=2.11", _CUTLASS]
+    has_cuda = re.search(r"^cuda.*= '", (Path(_TORCH) / "torch" / "version.py").read_text(), re.MULTILINE)
+    return [_CUTLASS] if has_cuda and "CUTLASS_PATH" not in os.environ else []
 
 
 def get_requires_for_build_wheel(config_settings=None):

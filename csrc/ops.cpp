@@ -54,13 +54,20 @@ TORCH_LIBRARY(mhmatmul, m) {
 
   // head_matmul of the rows of input [m, nh, hd] named by indices [t]; -1 names a row of zeros in the output.
   m.def("gather_head_matmul(Tensor input, Tensor weight, Tensor indices, Tensor? bias=None) -> Tensor", tags);
-  // Gradient of its input, [m, nh, hd]; repeated indices add up in order, rows not named are zero.
-  m.def("_gather_head_matmul_dgrad(Tensor grad_output, Tensor weight, Tensor indices, SymInt m) -> Tensor", tags);
+  // The same for indices of which none but -1 comes twice, as a selection gives them: its backward relies on it.
+  m.def("_gather_distinct_head_matmul(Tensor input, Tensor weight, Tensor indices) -> Tensor", tags);
+  // Gradient of its input, [m, nh, hd]; repeated indices add up in order, rows not named are zero. `distinct`: none but
+  // -1 is repeated.
+  m.def(
+      "_gather_head_matmul_dgrad(Tensor grad_output, Tensor weight, Tensor indices, SymInt m, bool distinct=False) -> "
+      "Tensor",
+      tags);
   // Gradient of its weight, [nh, hd, e].
   m.def("_gather_head_matmul_wgrad(Tensor grad_output, Tensor input, Tensor indices) -> Tensor", tags);
   // Both together.
   m.def(
-      "_gather_head_matmul_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor indices) -> "
+      "_gather_head_matmul_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor indices, "
+      "bool distinct=False) -> "
       "(Tensor grad_input, Tensor grad_weight)",
       tags);
 
@@ -166,9 +173,15 @@ Tensor gather_head_matmul(const Tensor& input, const Tensor& weight, const Tenso
   return op.call(input, weight, indices, bias);
 }
 
-Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m) {
+Tensor gather_distinct_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices) {
+  static const auto op = typed<decltype(gather_distinct_head_matmul)>("mhmatmul::_gather_distinct_head_matmul");
+  return op.call(input, weight, indices);
+}
+
+Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m,
+                                bool distinct) {
   static const auto op = typed<decltype(gather_head_matmul_dgrad)>("mhmatmul::_gather_head_matmul_dgrad");
-  return op.call(grad_output, weight, indices, std::move(m));
+  return op.call(grad_output, weight, indices, std::move(m), distinct);
 }
 
 Tensor gather_head_matmul_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
@@ -177,9 +190,9 @@ Tensor gather_head_matmul_wgrad(const Tensor& grad_output, const Tensor& input, 
 }
 
 std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output, const Tensor& input,
-                                                       const Tensor& weight, const Tensor& indices) {
+                                                       const Tensor& weight, const Tensor& indices, bool distinct) {
   static const auto op = typed<decltype(gather_head_matmul_backward)>("mhmatmul::_gather_head_matmul_backward");
-  return op.call(grad_output, input, weight, indices);
+  return op.call(grad_output, input, weight, indices, distinct);
 }
 
 std::tuple<Tensor, Tensor, Tensor> importance_matmul(const Tensor& input, const Tensor& weight, const Tensor& probs,

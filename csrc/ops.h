@@ -31,10 +31,12 @@ std::tuple<Tensor, Tensor> select_important_static(const Tensor& probs, const Te
                                                    std::optional<SymInt> top_k, SymInt capacity);
 
 Tensor gather_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias);
-Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m);
+Tensor gather_distinct_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices);
+Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m,
+                                bool distinct);
 Tensor gather_head_matmul_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& indices);
 std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output, const Tensor& input,
-                                                       const Tensor& weight, const Tensor& indices);
+                                                       const Tensor& weight, const Tensor& indices, bool distinct);
 
 std::tuple<Tensor, Tensor, Tensor> importance_matmul(const Tensor& input, const Tensor& weight, const Tensor& probs,
                                                      SymInt num_heads, double top_p, std::optional<SymInt> top_k);

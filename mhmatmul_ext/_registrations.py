@@ -46,8 +46,14 @@ def _(input: Tensor, weight: Tensor, indices: Tensor, bias: Tensor | None = None
     return input.new_empty((indices.shape[0], weight.shape[0], weight.shape[2]))
 
 
+@_fake("_gather_distinct_head_matmul")
+def _(input: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
+    _ops._check_head_matmul("gather_head_matmul", input, weight, None, indices)
+    return input.new_empty((indices.shape[0], weight.shape[0], weight.shape[2]))
+
+
 @_fake("_gather_head_matmul_dgrad")
-def _(grad_output: Tensor, weight: Tensor, indices: Tensor, m: int) -> Tensor:
+def _(grad_output: Tensor, weight: Tensor, indices: Tensor, m: int, distinct: bool = False) -> Tensor:
     _ops._check_head_matmul_backward("_gather_head_matmul_dgrad", grad_output, None, weight, indices, m)
     return weight.new_empty((m, weight.shape[0], weight.shape[1]))
 
@@ -59,7 +65,9 @@ def _(grad_output: Tensor, input: Tensor, indices: Tensor) -> Tensor:
 
 
 @_fake("_gather_head_matmul_backward")
-def _(grad_output: Tensor, input: Tensor, weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    grad_output: Tensor, input: Tensor, weight: Tensor, indices: Tensor, distinct: bool = False
+) -> tuple[Tensor, Tensor]:
     _ops._check_head_matmul_backward("_gather_head_matmul_backward", grad_output, input, weight, indices)
     return input.new_empty(input.shape), weight.new_empty(weight.shape)
 

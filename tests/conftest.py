@@ -79,6 +79,17 @@ def _repeats_on_gpu(item: pytest.Item) -> bool:
     return bool(item.get_closest_marker("gpu")) and parameters.get("capability", CAPABILITIES[0]) != CAPABILITIES[0]
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """`make test-gpu` asks for GPU tests: none run is a failure there."""
+    if not os.environ.get("MHMATMUL_DEMAND_GPU"):
+        return
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    ran = [r for kind in ("passed", "failed") for r in terminal.stats.get(kind, []) if "gpu" in r.keywords]
+    if not ran:
+        terminal.write_line(f"No GPU test was run: {NO_GPU or 'none was selected'}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [r for kind in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(kind, [])]
     gpu = [r for r in reports if "gpu" in r.keywords]

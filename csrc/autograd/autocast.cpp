@@ -41,6 +41,11 @@ Tensor gather_head_matmul_autocast(const Tensor& input, const Tensor& weight, co
 }
 
 template <c10::DeviceType device>
+Tensor gather_distinct_head_matmul_autocast(const Tensor& input, const Tensor& weight, const Tensor& indices) {
+  return Below<gather_distinct_head_matmul>::call(cast<device>(input), cast<device>(weight), indices);
+}
+
+template <c10::DeviceType device>
 Tensor multi_head_matmul_autocast(const Tensor& input, const Tensor& weight, SymInt num_heads) {
   return Below<multi_head_matmul>::call(cast<device>(input), cast<device>(weight), std::move(num_heads));
 }
@@ -85,6 +90,7 @@ template <c10::DeviceType device>
 void register_autocast(torch::Library& m) {
   m.impl("head_matmul", head_matmul_autocast<device>);
   m.impl("gather_head_matmul", gather_head_matmul_autocast<device>);
+  m.impl("_gather_distinct_head_matmul", gather_distinct_head_matmul_autocast<device>);
   m.impl("multi_head_matmul", multi_head_matmul_autocast<device>);
   m.impl("_multi_head_matmul_bias", multi_head_matmul_bias_autocast<device>);
   m.impl("importance_matmul", importance_matmul_autocast<device>);

@@ -49,7 +49,12 @@ Tensor gather_head_matmul(const Tensor& input, const Tensor& weight, const Tenso
   return head_matmul(gather(input, indices), weight, bias).masked_fill(is_padding(indices), 0);
 }
 
-Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m) {
+Tensor gather_distinct_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices) {
+  return gather_head_matmul(input, weight, indices, std::nullopt);
+}
+
+Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m,
+                                bool distinct) {
   const Tensor rows = head_matmul(grad_output.masked_fill(is_padding(indices), 0), weight.transpose(1, 2), std::nullopt)
                           .masked_fill(is_padding(indices), 0);
   const auto sum_dtype = at::toOpMathType(rows.scalar_type());
@@ -63,8 +68,8 @@ Tensor gather_head_matmul_wgrad(const Tensor& grad_output, const Tensor& input, 
 }
 
 std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output, const Tensor& input,
-                                                       const Tensor& weight, const Tensor& indices) {
-  return {gather_head_matmul_dgrad(grad_output, weight, indices, input.sym_size(0)),
+                                                       const Tensor& weight, const Tensor& indices, bool distinct) {
+  return {gather_head_matmul_dgrad(grad_output, weight, indices, input.sym_size(0), distinct),
           gather_head_matmul_wgrad(grad_output, input, indices)};
 }
 

@@ -14,10 +14,12 @@ Tensor head_matmul(const Tensor& input, const Tensor& weight, const OptionalTens
 Tensor head_matmul_wgrad(const Tensor& grad_output, const Tensor& input);
 std::tuple<Tensor, Tensor> head_matmul_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight);
 Tensor gather_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias);
-Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m);
+Tensor gather_distinct_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices);
+Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m,
+                                bool distinct);
 Tensor gather_head_matmul_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& indices);
 std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output, const Tensor& input,
-                                                       const Tensor& weight, const Tensor& indices);
+                                                       const Tensor& weight, const Tensor& indices, bool distinct);
 
 inline bool has_tangent(const Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
 inline bool has_tangent(const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); }

@@ -25,10 +25,11 @@ using torch::autograd::variable_list;
 
 struct GatherHeadMatmul : Function<GatherHeadMatmul> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& indices,
-                        const OptionalTensor& bias) {
+                        const OptionalTensor& bias, bool distinct) {
     ctx->save_for_backward({kept_if(weight.requires_grad(), input), kept_if(input.requires_grad(), weight), indices});
     ctx->saved_data["m"] = input.sym_size(0);
     ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["distinct"] = distinct;
     at::AutoDispatchBelowADInplaceOrView below;
     return gather_head_matmul(input, weight, indices, bias);
   }
@@ -37,27 +38,28 @@ struct GatherHeadMatmul : Function<GatherHeadMatmul> {
     const Tensor& grad_output = grads[0];
     const auto saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &weight = saved[1], &indices = saved[2];
+    const bool distinct = ctx->saved_data["distinct"].toBool();
     Tensor grad_input, grad_weight, grad_bias;
     if (ctx->needs_input_grad(0) && ctx->needs_input_grad(1)) {
-      std::tie(grad_input, grad_weight) = gather_head_matmul_backward(grad_output, input, weight, indices);
+      std::tie(grad_input, grad_weight) = gather_head_matmul_backward(grad_output, input, weight, indices, distinct);
     } else if (ctx->needs_input_grad(0)) {
-      grad_input = gather_head_matmul_dgrad(grad_output, weight, indices, ctx->saved_data["m"].toSymInt());
+      grad_input = gather_head_matmul_dgrad(grad_output, weight, indices, ctx->saved_data["m"].toSymInt(), distinct);
     } else if (ctx->needs_input_grad(1)) {
       grad_weight = gather_head_matmul_wgrad(grad_output, input, indices);
     }
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3))
       grad_bias = grad_output.masked_fill(indices.lt(0).unsqueeze(-1).unsqueeze(-1), 0).sum(0);
-    return {grad_input, grad_weight, Tensor(), grad_bias};
+    return {grad_input, grad_weight, Tensor(), grad_bias, Tensor()};
   }
 };
 
 struct GatherHeadMatmulDgrad : Function<GatherHeadMatmulDgrad> {
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
-                        const SymInt& m) {
+                        const SymInt& m, bool distinct) {
     ctx->save_for_backward(
         {kept_if(weight.requires_grad(), grad_output), kept_if(grad_output.requires_grad(), weight), indices});
     at::AutoDispatchBelowADInplaceOrView below;
-    return gather_head_matmul_dgrad(grad_output, weight, indices, m);
+    return gather_head_matmul_dgrad(grad_output, weight, indices, m, distinct);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -67,7 +69,7 @@ struct GatherHeadMatmulDgrad : Function<GatherHeadMatmulDgrad> {
     Tensor grad_grad_output, grad_weight;
     if (ctx->needs_input_grad(0)) grad_grad_output = gather_head_matmul(z, weight, indices, std::nullopt);
     if (ctx->needs_input_grad(1)) grad_weight = gather_head_matmul_wgrad(grad_output, z, indices);
-    return {grad_grad_output, grad_weight, Tensor(), Tensor()};
+    return {grad_grad_output, grad_weight, Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -87,7 +89,8 @@ struct GatherHeadMatmulWgrad : Function<GatherHeadMatmulWgrad> {
     Tensor grad_grad_output, grad_input;
     if (ctx->needs_input_grad(0)) grad_grad_output = gather_head_matmul(input, z, indices, std::nullopt);
     if (ctx->needs_input_grad(1))
-      grad_input = gather_head_matmul_dgrad(grad_output, z, indices, ctx->saved_data["m"].toSymInt());
+      grad_input =
+          gather_head_matmul_dgrad(grad_output, z, indices, ctx->saved_data["m"].toSymInt(), /*distinct=*/false);
     return {grad_grad_output, grad_input, Tensor()};
   }
 };
@@ -95,18 +98,25 @@ struct GatherHeadMatmulWgrad : Function<GatherHeadMatmulWgrad> {
 Tensor gather_head_matmul_autograd(const Tensor& input, const Tensor& weight, const Tensor& indices,
                                    const OptionalTensor& bias) {
   if (formulas::needed(input, weight, bias)) return formulas::gather_head_matmul(input, weight, indices, bias);
-  if (formulas::recorded(input, weight, bias)) return GatherHeadMatmul::apply(input, weight, indices, bias);
+  if (formulas::recorded(input, weight, bias)) return GatherHeadMatmul::apply(input, weight, indices, bias, false);
   at::AutoDispatchBelowADInplaceOrView below;
   return gather_head_matmul(input, weight, indices, bias);
 }
 
+Tensor gather_distinct_head_matmul_autograd(const Tensor& input, const Tensor& weight, const Tensor& indices) {
+  if (!formulas::needed(input, weight) && formulas::recorded(input, weight))
+    return GatherHeadMatmul::apply(input, weight, indices, std::nullopt, true);
+  return gather_head_matmul(input, weight, indices, std::nullopt);
+}
+
 Tensor gather_head_matmul_dgrad_autograd(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
-                                         SymInt m) {
+                                         SymInt m, bool distinct) {
   if (formulas::needed(grad_output, weight))
-    return formulas::gather_head_matmul_dgrad(grad_output, weight, indices, std::move(m));
-  if (formulas::recorded(grad_output, weight)) return GatherHeadMatmulDgrad::apply(grad_output, weight, indices, m);
+    return formulas::gather_head_matmul_dgrad(grad_output, weight, indices, std::move(m), distinct);
+  if (formulas::recorded(grad_output, weight))
+    return GatherHeadMatmulDgrad::apply(grad_output, weight, indices, m, distinct);
   at::AutoDispatchBelowADInplaceOrView below;
-  return gather_head_matmul_dgrad(grad_output, weight, indices, std::move(m));
+  return gather_head_matmul_dgrad(grad_output, weight, indices, std::move(m), distinct);
 }
 
 Tensor gather_head_matmul_wgrad_autograd(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
@@ -117,20 +127,22 @@ Tensor gather_head_matmul_wgrad_autograd(const Tensor& grad_output, const Tensor
 }
 
 std::tuple<Tensor, Tensor> gather_head_matmul_backward_autograd(const Tensor& grad_output, const Tensor& input,
-                                                                const Tensor& weight, const Tensor& indices) {
+                                                                const Tensor& weight, const Tensor& indices,
+                                                                bool distinct) {
   if (formulas::needed(grad_output, input, weight))
-    return formulas::gather_head_matmul_backward(grad_output, input, weight, indices);
+    return formulas::gather_head_matmul_backward(grad_output, input, weight, indices, distinct);
   if (formulas::recorded(grad_output, input, weight))
-    return {gather_head_matmul_dgrad(grad_output, weight, indices, input.sym_size(0)),
+    return {gather_head_matmul_dgrad(grad_output, weight, indices, input.sym_size(0), distinct),
             gather_head_matmul_wgrad(grad_output, input, indices)};
   at::AutoDispatchBelowADInplaceOrView below;
-  return gather_head_matmul_backward(grad_output, input, weight, indices);
+  return gather_head_matmul_backward(grad_output, input, weight, indices, distinct);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mhmatmul, Autograd, m) {
   m.impl("gather_head_matmul", gather_head_matmul_autograd);
+  m.impl("_gather_distinct_head_matmul", gather_distinct_head_matmul_autograd);
   m.impl("_gather_head_matmul_dgrad", gather_head_matmul_dgrad_autograd);
   m.impl("_gather_head_matmul_wgrad", gather_head_matmul_wgrad_autograd);
   m.impl("_gather_head_matmul_backward", gather_head_matmul_backward_autograd);
@@ -138,6 +150,7 @@ TORCH_LIBRARY_IMPL(mhmatmul, Autograd, m) {
 
 TORCH_LIBRARY_IMPL(mhmatmul, FuncTorchBatched, m) {
   m.impl("gather_head_matmul", formulas::gather_head_matmul);
+  m.impl("_gather_distinct_head_matmul", formulas::gather_distinct_head_matmul);
   m.impl("_gather_head_matmul_dgrad", formulas::gather_head_matmul_dgrad);
   m.impl("_gather_head_matmul_wgrad", formulas::gather_head_matmul_wgrad);
   m.impl("_gather_head_matmul_backward", formulas::gather_head_matmul_backward);

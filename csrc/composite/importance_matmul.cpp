@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> importance_matmul_composite(const Tensor& inp
   const auto sizes = check_importance_matmul(kName, input, weight, probs, num_heads);
   check_select(kName, probs, top_p, std::nullopt, top_k);
   const auto [indices, cu_seqlens] = select_important(probs, top_p, top_k);
-  return {gather_head_matmul(rows_of(input, sizes), split_weight(weight, sizes), indices, std::nullopt), indices,
+  return {gather_distinct_head_matmul(rows_of(input, sizes), split_weight(weight, sizes), indices), indices,
           cu_seqlens};
 }
 
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor_composite(const Tens
   check_select(kName, probs, std::nullopt, top_p, top_k, capacity);
   const auto [indices, offsets] = select(probs, top_p, top_k, capacity);
   Tensor output =
-      gather_head_matmul(rows_of(input, sizes), split_weight(weight, sizes), indices.reshape({-1}), std::nullopt);
+      gather_distinct_head_matmul(rows_of(input, sizes), split_weight(weight, sizes), indices.reshape({-1}));
   if (capacity) output = output.unflatten_symint(0, {input.sym_size(0), *capacity});
   return {output, indices, offsets};
 }
@@ -61,9 +61,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> importance_matmul_grads_composite(
   const Tensor flat_indices = indices.reshape({-1});
   Tensor output = gather_head_matmul(rows, heads, flat_indices, std::nullopt);
   auto [grad_input, grad_weight] = gather_head_matmul_backward(
-      grad_output.reshape_symint({flat_indices.sym_size(0), sizes.nh, sizes.e}), rows, heads, flat_indices);
+      grad_output.reshape_symint({flat_indices.sym_size(0), sizes.nh, sizes.e}), rows, heads, flat_indices,
+      /*distinct=*/true);
   if (capacity) output = output.unflatten_symint(0, {input.sym_size(0), *capacity});
   return {output, grad_input.view_symint(input.sym_sizes()), grad_weight.view_symint(weight.sym_sizes()), indices};
+}
+
+Tensor gather_distinct_head_matmul_composite(const Tensor& input, const Tensor& weight, const Tensor& indices) {
+  return gather_head_matmul(input, weight, indices, std::nullopt);
 }
 
 Tensor threshold(std::string_view op, const Tensor& probs, double top_p) {
@@ -78,6 +83,11 @@ TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {
   m.impl("_importance_matmul_tensor", importance_matmul_tensor_composite);
   m.impl("_importance_matmul_grads", importance_matmul_grads_composite);
   m.impl("_threshold", threshold);
+}
+
+// Its backward differs (autograd/gather_head_matmul.cpp); here it is the same product.
+TORCH_LIBRARY_IMPL(mhmatmul, CompositeExplicitAutograd, m) {
+  m.impl("_gather_distinct_head_matmul", gather_distinct_head_matmul_composite);
 }
 
 }  // namespace mhmatmul

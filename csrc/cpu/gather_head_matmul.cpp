@@ -22,7 +22,8 @@ Tensor gather_head_matmul_cpu(const Tensor& input, const Tensor& weight, const T
   return output;
 }
 
-Tensor gather_head_matmul_dgrad_cpu(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m) {
+Tensor gather_head_matmul_dgrad_cpu(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m,
+                                    bool distinct) {
   constexpr auto kName = "_gather_head_matmul_dgrad";
   check_head_matmul_backward(kName, grad_output, std::nullopt, weight, indices, SymInt(m));
   return cpu::dgrad(grad_output, weight, checked(kName, indices, m), m);
@@ -36,7 +37,7 @@ Tensor gather_head_matmul_wgrad_cpu(const Tensor& grad_output, const Tensor& inp
 }
 
 std::tuple<Tensor, Tensor> gather_head_matmul_backward_cpu(const Tensor& grad_output, const Tensor& input,
-                                                           const Tensor& weight, const Tensor& indices) {
+                                                           const Tensor& weight, const Tensor& indices, bool distinct) {
   constexpr auto kName = "_gather_head_matmul_backward";
   check_head_matmul_backward(kName, grad_output, input, weight, indices);
   const Tensor rows = checked(kName, indices, input.size(0));

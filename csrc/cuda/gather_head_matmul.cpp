@@ -13,34 +13,6 @@
 namespace mhmatmul {
 namespace {
 
-// [m, nh, x] as rows of nh * x elements, a row's elements together.
-Tensor as_rows(const Tensor& tensor) {
-  const Tensor rows = tensor.reshape({tensor.size(0), tensor.size(1) * tensor.size(2)});
-  return rows.size(1) <= 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
-}
-
-// The rows that indices name, [t, nh, hd].
-Tensor gather(const Tensor& input, const Tensor& indices) {
-  const Tensor from = as_rows(input);
-  Tensor rows = at::empty({indices.size(0), input.size(1), input.size(2)}, input.options());
-  cuda::gather_rows(from.const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0),
-                    input.size(0), from.size(1), from.element_size(), rows.mutable_data_ptr(),
-                    at::cuda::getCurrentCUDAStream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return rows;
-}
-
-// A copy of rows [t, nh, x] with zeros where the index names none of the m rows.
-Tensor masked(const Tensor& rows, const Tensor& indices, int64_t m) {
-  const Tensor from = as_rows(rows);
-  Tensor to = at::empty(rows.sizes(), rows.options());
-  cuda::mask_rows(from.const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0), m,
-                  from.size(1), from.element_size(), to.mutable_data_ptr(), from.size(1),
-                  at::cuda::getCurrentCUDAStream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return to;
-}
-
 cuda::Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kDouble:
@@ -57,7 +29,26 @@ cuda::Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m) {
+// Where row j of m is named: the place of j among distinct indices, -1 where it is not.
+Tensor inverse(const Tensor& indices, int64_t m) {
+  Tensor places = at::empty({m}, indices.options());
+  cuda::invert(indices.const_data_ptr<int64_t>(), indices.size(0), m, places.mutable_data_ptr<int64_t>(),
+               at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return places;
+}
+
+// Distinct indices: a row of grad_input is one row's product, or zeros, and is written as such; the same gathering
+// product as the forward's, with the inverse of its indices.
+Tensor distinct_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m) {
+  Tensor grad_input = at::empty({m, weight.size(0), weight.size(1)}, weight.options());
+  if (grad_input.numel() == 0) return grad_input;
+  cuda::gather_forward(grad_output, weight.transpose(1, 2), inverse(indices, m), std::nullopt, grad_input);
+  return grad_input;
+}
+
+Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m, bool distinct) {
+  if (distinct) return distinct_dgrad(grad_output, weight, indices, m);
   const int64_t nh = weight.size(0), hd = weight.size(1);
   const auto sum_dtype = at::toOpMathType(weight.scalar_type());
   Tensor rows = at::empty({grad_output.size(0), nh, hd}, weight.options().dtype(sum_dtype));
@@ -73,7 +64,7 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indi
 
 // Whatever a padding row's gradient holds, it counts for nothing; so both operands are masked.
 Tensor wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
-  return cuda::wgrad(masked(grad_output, indices, input.size(0)), gather(input, indices));
+  return cuda::wgrad(cuda::masked(grad_output, indices, input.size(0)), cuda::gather(input, indices));
 }
 
 Tensor gather_head_matmul_cuda(const Tensor& input, const Tensor& weight, const Tensor& indices,
@@ -82,19 +73,15 @@ Tensor gather_head_matmul_cuda(const Tensor& input, const Tensor& weight, const 
   const c10::cuda::CUDAGuard guard(input.device());
   const Tensor contiguous_indices = indices.contiguous();
   Tensor output = at::empty({indices.size(0), weight.size(0), weight.size(2)}, input.options());
-  cuda::forward(gather(input, contiguous_indices), weight, bias, output);
-  cuda::zero_rows(contiguous_indices.const_data_ptr<int64_t>(), indices.size(0), input.size(0),
-                  output.size(1) * output.size(2), output.element_size(), output.mutable_data_ptr(),
-                  at::cuda::getCurrentCUDAStream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  if (output.numel() > 0) cuda::gather_forward(input, weight, contiguous_indices, bias, output);
   return output;
 }
 
-Tensor gather_head_matmul_dgrad_cuda(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
-                                     int64_t m) {
+Tensor gather_head_matmul_dgrad_cuda(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m,
+                                     bool distinct) {
   check_head_matmul_backward("_gather_head_matmul_dgrad", grad_output, std::nullopt, weight, indices, SymInt(m));
   const c10::cuda::CUDAGuard guard(grad_output.device());
-  return dgrad(grad_output, weight, indices, m);
+  return dgrad(grad_output, weight, indices.contiguous(), m, distinct);
 }
 
 Tensor gather_head_matmul_wgrad_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
@@ -104,10 +91,13 @@ Tensor gather_head_matmul_wgrad_cuda(const Tensor& grad_output, const Tensor& in
 }
 
 std::tuple<Tensor, Tensor> gather_head_matmul_backward_cuda(const Tensor& grad_output, const Tensor& input,
-                                                            const Tensor& weight, const Tensor& indices) {
+                                                            const Tensor& weight, const Tensor& indices,
+                                                            bool distinct) {
   check_head_matmul_backward("_gather_head_matmul_backward", grad_output, input, weight, indices);
   const c10::cuda::CUDAGuard guard(grad_output.device());
-  return {dgrad(grad_output, weight, indices, input.size(0)), wgrad(grad_output, input, indices.contiguous())};
+  const Tensor contiguous_indices = indices.contiguous();
+  return {dgrad(grad_output, weight, contiguous_indices, input.size(0), distinct),
+          wgrad(grad_output, input, contiguous_indices)};
 }
 
 }  // namespace

@@ -1,10 +1,15 @@
 #include "head_gemm.h"
 
 #include "gemm.h"
+#include "gemm_sm90.h"
+#include "rows.h"
 
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDADataType.h>
 #include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+
+#include <optional>
 
 namespace mhmatmul::cuda {
 namespace {
@@ -27,10 +32,79 @@ Operand operand(Tensor& tensor, int64_t batch, int64_t row, int64_t column) {
   return read(row, column, false);
 }
 
+// The product as the kernel for Hopper takes it; nothing where dtypes or layouts are not its own.
+std::optional<HeadGemm> for_sm90(const Tensor& rows, const Tensor& weight, const Tensor& indices,
+                                 const OptionalTensor& bias, const Tensor& output) {
+  const auto dtype = rows.scalar_type();
+  const auto is_dense = [](const Tensor& tensor, int64_t dim) {
+    return tensor.stride(dim) == 1 || tensor.size(dim) == 1;
+  };
+  if ((dtype != at::kHalf && dtype != at::kBFloat16) || output.scalar_type() != dtype) return std::nullopt;
+  if (!is_dense(rows, 2) || !is_dense(output, 2) || (bias && !is_dense(*bias, 1))) return std::nullopt;
+  const bool is_transposed = !is_dense(weight, 2);
+  if (is_transposed && !is_dense(weight, 1)) return std::nullopt;
+
+  HeadGemm gemm{};
+  gemm.m = output.size(0);
+  gemm.n = weight.size(2);
+  gemm.k = weight.size(1);
+  gemm.batch = weight.size(0);
+  gemm.a = rows.const_data_ptr();
+  gemm.a_stride = rows.stride(0);
+  gemm.a_batch_stride = rows.stride(1);
+  gemm.a_rows = rows.size(0);
+  gemm.indices = indices.defined() ? indices.const_data_ptr<int64_t>() : nullptr;
+  gemm.b = {weight.const_data_ptr(), weight.stride(is_transposed ? 2 : 1), weight.stride(0), is_transposed};
+  gemm.bias = bias ? bias->const_data_ptr() : nullptr;
+  gemm.bias_batch_stride = bias ? bias->stride(0) : 0;
+  gemm.c = output.mutable_data_ptr();
+  gemm.c_stride = output.stride(0);
+  gemm.c_batch_stride = output.stride(1);
+  gemm.is_bfloat16 = dtype == at::kBFloat16;
+  return takes_sm90(gemm) ? std::optional(gemm) : std::nullopt;
+}
+
+// [m, nh, x] as rows of nh * x elements, a row's elements together.
+Tensor as_rows(const Tensor& tensor) {
+  const Tensor rows = tensor.reshape({tensor.size(0), tensor.size(1) * tensor.size(2)});
+  return rows.size(1) <= 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
 }  // namespace
+
+Tensor gather(const Tensor& rows, const Tensor& indices) {
+  const Tensor from = as_rows(rows);
+  Tensor gathered = at::empty({indices.size(0), rows.size(1), rows.size(2)}, rows.options());
+  gather_rows(from.const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0), rows.size(0),
+              from.size(1), from.element_size(), gathered.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return gathered;
+}
+
+Tensor masked(const Tensor& rows, const Tensor& indices, int64_t m) {
+  const Tensor from = as_rows(rows);
+  Tensor to = at::empty(rows.sizes(), rows.options());
+  mask_rows(from.const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0), m, from.size(1),
+            from.element_size(), to.mutable_data_ptr(), from.size(1), at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return to;
+}
+
+void gather_forward(const Tensor& rows, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias,
+                    const Tensor& output) {
+  if (const auto gemm = for_sm90(rows, weight, indices, bias, output))
+    return run_sm90(*gemm, at::cuda::getCurrentCUDAStream());
+  forward(gather(rows, indices), weight, bias, output);
+  // Also without a bias: a row of zeros by a weight that is not finite is not zeros.
+  zero_rows(indices.const_data_ptr<int64_t>(), indices.size(0), rows.size(0), output.size(1) * output.size(2),
+            output.element_size(), output.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
 
 void forward(const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, const Tensor& output) {
   if (output.numel() == 0) return;
+  if (const auto gemm = for_sm90(rows, weight, Tensor(), bias, output))
+    return run_sm90(*gemm, at::cuda::getCurrentCUDAStream());
   if (bias) output.copy_(bias->expand_as(output));
   if (weight.size(1) == 0) {
     if (!bias) output.zero_();

@@ -1,4 +1,5 @@
-// The head-wise products on CUDA: tensors in, strides read off them, one cuBLAS call for all heads.
+// The head-wise products on CUDA: tensors in, strides read off them, one launch for all heads, by cuBLAS or by the
+// kernel for Hopper (gemm_sm90.h).
 #pragma once
 
 #include "../ops.h"
@@ -8,6 +9,17 @@ namespace mhmatmul::cuda {
 // output[r] = rows[r] weight + bias: rows [M, nh, hd], weight [nh, hd, e], output [M, nh, e] with stride 1 in
 // the last dimension, of the rows' dtype or float32.
 void forward(const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, const Tensor& output);
+
+// The same with row indices[r] of rows [m, nh, hd] in place of row r, int64 [t], side by side; where it names none, the
+// output's row is zero, bias or not. The rows are copied only where the kernel for Hopper is not taken.
+void gather_forward(const Tensor& rows, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias,
+                    const Tensor& output);
+
+// The rows that indices name, [t, nh, x]; zeros where one names none.
+Tensor gather(const Tensor& rows, const Tensor& indices);
+
+// A copy of rows [t, nh, x] with zeros where the index names none of m rows.
+Tensor masked(const Tensor& rows, const Tensor& indices, int64_t m);
 
 // grad_weight [nh, hd, e]: the sum over r of rows[r]^T grad_output[r].
 Tensor wgrad(const Tensor& grad_output, const Tensor& rows);

@@ -68,6 +68,11 @@ __global__ void zero_rows_kernel(const int64_t* indices, int64_t t, int64_t m, i
   }
 }
 
+__global__ void invert_kernel(const int64_t* indices, int64_t t, int64_t m, int64_t* to) {
+  for (int64_t r = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; r < t; r += int64_t{gridDim.x} * blockDim.x)
+    if (indices[r] >= 0 && indices[r] < m) to[indices[r]] = r;
+}
+
 // The first place whose value is not below `value`.
 __device__ int64_t lower_bound(const int64_t* sorted, int64_t t, int64_t value) {
   int64_t low = 0, high = t;
@@ -117,6 +122,15 @@ void zero_rows(const int64_t* indices, int64_t t, int64_t m, int64_t width, int6
   if (t == 0 || width == 0) return;
   zero_rows_kernel<<<blocks_for(t), block_shape(), 0, stream>>>(indices, t, m, width * element_size / 2,
                                                                 static_cast<uint16_t*>(to));
+}
+
+void invert(const int64_t* indices, int64_t t, int64_t m, int64_t* to, cudaStream_t stream) {
+  if (m == 0) return;
+  cudaMemsetAsync(to, 0xFF, m * sizeof(int64_t), stream);  // every place -1; an error is the launch's, seen after it
+  constexpr int kThreads = 256;
+  if (t > 0)
+    invert_kernel<<<static_cast<unsigned int>(std::min<int64_t>((t + kThreads - 1) / kThreads, 1 << 16)), kThreads, 0,
+                    stream>>>(indices, t, m, to);
 }
 
 void sum_rows(const void* from, const int64_t* sorted, const int64_t* order, int64_t t, int64_t m, int64_t width,

@@ -21,6 +21,9 @@ void mask_rows(const void* from, int64_t from_stride, const int64_t* indices, in
 void zero_rows(const int64_t* indices, int64_t t, int64_t m, int64_t width, int64_t element_size, void* to,
                cudaStream_t stream);
 
+// to[j] = the place of j among indices, of which none in [0, m) comes twice; -1 where there is none.
+void invert(const int64_t* indices, int64_t t, int64_t m, int64_t* to, cudaStream_t stream);
+
 enum class Dtype { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
 // to[j, :] = the sum of from[order[p], :] over the places p with sorted[p] = j, in that order, rounded once

@@ -1,14 +1,18 @@
 // One kernel, one block per row.
 //
-// 1. The row is read, tile by tile; a row of one tile stays in shared memory as keys. Candidates (score >= top_p) are
-//    counted, and their lowest and highest key found. What the row keeps, min(candidates, k), is known from here on.
+// 1. The row is read, tile by tile, each thread the same few consecutive scores of every tile; a row of one tile stays
+// in
+//    registers as keys. Candidates (score >= top_p) are counted, and their lowest and highest key found. What the row
+//    keeps, min(candidates, k), is known from here on.
 // 2. Packed form: one thread publishes that count and adds up those of the rows before (look-back over one word a row,
 //    rows in the order in which blocks start). Meanwhile the others go on.
 // 3. Only where candidates outnumber k: the k-th highest key is found digit by digit, from the highest bit in which
-//    candidates differ down, each pass a histogram of eight bits over those that agree with the digits found so far.
-//    Counts are integers, so the order of the atomics is of no matter.
-// 4. Positions are written in order. A thread owns consecutive keys of a tile; invariant before each tile: `above` and
-//    `ties` count the keys over and equal to the rule's in the tiles before. One block-wide exclusive sum of both,
+//    candidates differ down, each pass a histogram of eight bits over those that agree with the digits found so far, in
+//    copies, so that lanes with the same digit seldom meet. Counts are integers: the order of the atomics is of no
+//    matter.
+// 4. Positions are written in order. Invariant before each tile: `above` and `ties` count the keys over and equal to
+// the
+//    rule's in the tiles before. One block-wide exclusive sum of both,
 //    packed in one word, gives every kept score its place, and the first ties win.
 #include "select.h"
 
@@ -21,9 +25,10 @@ namespace {
 constexpr int kThreads = 1024, kWarp = 32;
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
-static_assert(kThreads >= kDigits, "one thread clears one bin");
+constexpr int kCopies = 8;  // of the histogram
+static_assert(kThreads >= kDigits, "one thread adds up the copies of one bin");
 
-// Keys of a tile: as many as leave room for the rest within 48 KiB of shared memory.
+// Keys of a tile that one thread owns.
 template <class Format>
 constexpr int kItems = sizeof(typename Format::Bits) == 8 ? 4 : 8;
 template <class Format>
@@ -74,6 +79,29 @@ __device__ void find_digit(const unsigned int* histogram, int shift, int64_t& pl
   prefix = static_cast<Bits>(prefix | static_cast<Bits>(static_cast<Bits>(digit) << shift));
 }
 
+// The keys of `kItems` scores from place `first` on; those beyond the row are NaN's, which nothing admits.
+template <class Format>
+__device__ void load_keys(const Scores<Format>& scores, const typename Format::Bits* row, int64_t first,
+                          typename Format::Bits (&keys)[kItems<Format>]) {
+  constexpr int kOwned = kItems<Format>;
+  using Bits = typename Format::Bits;
+  constexpr int kWords = kOwned * sizeof(Bits) / sizeof(uint4);
+  if (scores.stride == 1 && reinterpret_cast<uintptr_t>(row) % sizeof(uint4) == 0 && first + kOwned <= scores.s) {
+    union {
+      uint4 words[kWords];
+      Bits bits[kOwned];
+    } loaded;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) loaded.words[i] = reinterpret_cast<const uint4*>(row + first)[i];
+#pragma unroll
+    for (int i = 0; i < kOwned; ++i) keys[i] = score_key<Format>(loaded.bits[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kOwned; ++i)
+    keys[i] = first + i < scores.s ? score_key<Format>(row[(first + i) * scores.stride]) : Bits{0};
+}
+
 template <class Format>
 struct Summary {
   unsigned int candidates;
@@ -99,47 +127,40 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ union {
     typename BlockReduce::TempStorage reduce;
     typename BlockScan::TempStorage scan;
-    unsigned int histogram[kDigits];
+    unsigned int histogram[kDigits * kCopies];
   } storage;
-  __shared__ Bits tile_keys[kTile<Format>];
+  __shared__ unsigned int digits[kDigits];
   __shared__ Summary<Format> summary;
   __shared__ int64_t row_shared, first_place, places;
   __shared__ Bits prefix;
   constexpr int kOwned = kItems<Format>;
 
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();  // what waits for this selection may come up meanwhile: gemm_sm90.cuh does
+#endif
   if (threadIdx.x == 0) row_shared = packed.words ? atomicAdd(packed.ticket, 1ull) : blockIdx.x;
   __syncthreads();
   const int64_t row = row_shared;
   const Bits* const data = scores.data + row * scores.row_stride;
-  const bool is_staged = scores.s <= kTile<Format>;
   auto rule = SelectionRule<Format>::from_threshold(top_p.pointer ? *top_p.pointer : top_p.value);
 
-  // Calls use(key, j) for every score of the row, neighbouring threads taking neighbouring scores; several
-  // loads are under way at a time.
-  const auto for_each_key = [&](const auto& use) {
-    for (int64_t begin = threadIdx.x; begin < scores.s; begin += kTile<Format>) {
-      Bits keys[kItems<Format>];
-#pragma unroll
-      for (int i = 0; i < kItems<Format>; ++i) {
-        const int64_t j = begin + i * kThreads;
-        if (j < scores.s) keys[i] = data[j * scores.stride];
-      }
-#pragma unroll
-      for (int i = 0; i < kItems<Format>; ++i) {
-        const int64_t j = begin + i * kThreads;
-        if (j < scores.s) use(score_key<Format>(keys[i]), j);
-      }
+  Bits keys[kOwned];
+  const int64_t my_first = int64_t{threadIdx.x} * kOwned;
+  const bool stays = scores.s <= kTile<Format>;
+  if (stays) load_keys(scores, data, my_first, keys);
+  // Calls use(tile) for every tile, its keys in `keys`.
+  const auto for_each_tile = [&](const auto& use) {
+    for (int64_t tile = 0; tile < scores.s; tile += kTile<Format>) {
+      if (!stays) load_keys(scores, data, tile + my_first, keys);
+      use(tile);
     }
-  };
-  // The same for a row whose keys are in shared memory.
-  const auto for_each_staged_key = [&](const auto& use) {
-    for (int64_t j = threadIdx.x; j < scores.s; j += kThreads) use(tile_keys[j], j);
   };
 
   Summary<Format> mine{0, static_cast<Bits>(~Bits{0}), 0};
-  for_each_key([&](Bits key, int64_t j) {
-    if (is_staged) tile_keys[j] = key;
-    if (rule.admits(key)) mine = mine + Summary<Format>{1, key, key};
+  for_each_tile([&](int64_t) {
+#pragma unroll
+    for (const Bits key : keys)
+      if (rule.admits(key)) mine = mine + Summary<Format>{1, key, key};
   });
   mine = BlockReduce(storage.reduce).Reduce(mine, Sum<Format>());
   if (threadIdx.x == 0) summary = mine;
@@ -172,19 +193,22 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (;;) {
       __syncthreads();
-      if (threadIdx.x < kDigits) storage.histogram[threadIdx.x] = 0;
+      for (int i = threadIdx.x; i < kDigits * kCopies; i += kThreads) storage.histogram[i] = 0;
       __syncthreads();
-      const auto count = [&](Bits key, int64_t) {
-        if (rule.admits(key) && (key & found) == prefix)
-          atomicAdd(&storage.histogram[(key >> shift) & (kDigits - 1)], 1u);
-      };
-      if (is_staged) {
-        for_each_staged_key(count);
-      } else {
-        for_each_key(count);
+      for_each_tile([&](int64_t) {
+#pragma unroll
+        for (const Bits key : keys)
+          if (rule.admits(key) && (key & found) == prefix)
+            atomicAdd(&storage.histogram[((key >> shift) & (kDigits - 1)) * kCopies + threadIdx.x % kCopies], 1u);
+      });
+      __syncthreads();
+      if (threadIdx.x < kDigits) {
+        unsigned int sum = 0;
+        for (int copy = 0; copy < kCopies; ++copy) sum += storage.histogram[threadIdx.x * kCopies + copy];
+        digits[threadIdx.x] = sum;
       }
       __syncthreads();
-      if (threadIdx.x < kWarp) find_digit(storage.histogram, shift, places, prefix);
+      if (threadIdx.x < kWarp) find_digit(digits, shift, places, prefix);
       found = static_cast<Bits>(found | static_cast<Bits>(static_cast<Bits>(kDigits - 1) << shift));
       if (shift == 0) break;
       shift = shift > kDigitBits ? shift - kDigitBits : 0;
@@ -199,34 +223,26 @@ __global__ void __launch_bounds__(kThreads)
   int64_t* const out = (packed.words ? packed.indices : padded.indices) + first_place;
 
   int64_t above = 0, ties = 0;
-  for (int64_t tile = 0; tile < scores.s && kept > 0; tile += kTile<Format>) {
-    if (!is_staged) {
-      __syncthreads();  // the keys of the tile before have been used
-      for (int i = threadIdx.x; i < kTile<Format> && tile + i < scores.s; i += kThreads)
-        tile_keys[i] = score_key<Format>(data[(tile + i) * scores.stride]);
-      __syncthreads();
-    }
-    const int64_t first = static_cast<int64_t>(threadIdx.x) * kOwned;
+  for_each_tile([&](int64_t tile) {
+    if (kept == 0) return;  // the same for the whole block
     unsigned int here = 0, before, total;
-    for (int i = 0; i < kOwned && tile + first + i < scores.s; ++i) {
-      const Bits key = tile_keys[first + i];
-      here += (key > rule.key ? 1u : 0u) | (key == rule.key ? 1u << 16 : 0u);
-    }
+#pragma unroll
+    for (const Bits key : keys) here += (key > rule.key ? 1u : 0u) | (key == rule.key ? 1u << 16 : 0u);
     BlockScan(storage.scan).ExclusiveSum(here, before, total);
     __syncthreads();  // the scan's storage is used again
 
     int64_t above_before = above + (before & 0xFFFFu), ties_before = ties + (before >> 16);
-    for (int i = 0; i < kOwned && tile + first + i < scores.s; ++i) {
-      const Bits key = tile_keys[first + i];
-      const bool is_above = key > rule.key, is_tie = key == rule.key;
+#pragma unroll
+    for (int i = 0; i < kOwned; ++i) {
+      const bool is_above = keys[i] > rule.key, is_tie = keys[i] == rule.key;
       if (is_above || (is_tie && ties_before < rule.ties))
-        out[above_before + (ties_before < rule.ties ? ties_before : rule.ties)] = row * scores.s + tile + first + i;
+        out[above_before + (ties_before < rule.ties ? ties_before : rule.ties)] = row * scores.s + tile + my_first + i;
       above_before += is_above;
       ties_before += is_tie;
     }
     above += total & 0xFFFFu;
     ties += total >> 16;
-  }
+  });
   if (!packed.words)
     for (int64_t place = kept + threadIdx.x; place < padded.capacity; place += kThreads) out[place] = -1;
 }

@@ -1,0 +1,192 @@
+#include "gemm_sm90.h"
+
+#include "gemm_sm90.cuh"
+#include "gemm_sm90_tuning.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace mhmatmul::cuda {
+namespace {
+
+using namespace sm90;
+
+void check(cudaError_t status, const char* call) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
+}
+
+// The driver's encoder, found at run time so that the library does not link libcuda.
+auto encoder() {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const auto encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+          "cudaGetDriverEntryPointByVersion");
+    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode>(entry);
+  }();
+  return encode;
+}
+
+// A tensor [outer, middle, inner], inner side by side, strides in elements, read or written in boxes.
+struct Layout {
+  int64_t inner, middle, outer, middle_stride, outer_stride;
+  int box_inner, box_middle, box_outer;
+};
+
+constexpr int64_t kElementSize = 2, kAlignment = 16;
+
+CUtensorMap tensor_map(const void* data, const Layout& layout, bool is_bfloat16) {
+  // A stride that is never taken may be anything: the encoder wants it aligned all the same.
+  const auto bytes = [](int64_t stride, int64_t size) {
+    return static_cast<cuuint64_t>(size == 1 ? kAlignment : stride * kElementSize);
+  };
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(layout.inner), static_cast<cuuint64_t>(layout.middle),
+                              static_cast<cuuint64_t>(layout.outer)};
+  const cuuint64_t strides[] = {bytes(layout.middle_stride, layout.middle), bytes(layout.outer_stride, layout.outer)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(layout.box_inner), static_cast<cuuint32_t>(layout.box_middle),
+                            static_cast<cuuint32_t>(layout.box_outer)};
+  const cuuint32_t every[] = {1, 1, 1};
+  CUtensorMap map;
+  const CUresult result =
+      encoder()(&map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
+                const_cast<void*>(data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
+  return map;
+}
+
+template <class Tile>
+Cut cut(const HeadGemm& gemm, int multiprocessors) {
+  const auto blocks = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
+  Cut cut{};
+  cut.m_blocks = blocks(gemm.m, Tile::kM);
+  cut.n_blocks = blocks(gemm.n, Tile::kN);
+  cut.k_blocks = blocks(gemm.k, kDepth);
+  cut.heads = static_cast<int>(gemm.batch);
+  cut.lanes = std::min(cut.n_blocks, multiprocessors);
+  cut.teams =
+      static_cast<int>(std::min<int64_t>(std::max(1, multiprocessors / cut.lanes), int64_t{cut.heads} * cut.m_blocks));
+
+  constexpr int kBytes = kSharedBytes - kFixedBytes<Tile>;
+  constexpr int kLeastOfA = 2, kWantedOfA = 4;  // stages
+  cut.b_stays = cut.k_blocks <= kMaxStages && cut.k_blocks * Tile::kBBytes + kLeastOfA * Tile::kABytes <= kBytes;
+  if (cut.b_stays) {
+    // Twice B, so that the next group's comes while this one's is used, as far as A keeps what it wants.
+    const int room = (kBytes - kWantedOfA * Tile::kABytes) / Tile::kBBytes;
+    cut.b_stages =
+        std::min(kMaxStages, std::max(cut.k_blocks, cut.m_blocks == 1 ? room : std::min(2 * cut.k_blocks, room)));
+    cut.a_stages = std::min(kMaxStages, (kBytes - cut.b_stages * Tile::kBBytes) / Tile::kABytes);
+  } else {
+    cut.a_stages = cut.b_stages = std::min(kMaxStages, kBytes / (Tile::kABytes + Tile::kBBytes));
+  }
+  return cut;
+}
+
+int attribute_of_device(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+template <class Tile>
+void launch(const HeadGemm& gemm, cudaStream_t stream) {
+  Params params{};
+  params.cut = cut<Tile>(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  params.rows = gemm.a;
+  params.indices = gemm.indices;
+  params.a_stride = gemm.a_stride;
+  params.a_batch_stride = gemm.a_batch_stride;
+  params.a_rows = gemm.a_rows;
+  params.bias = gemm.bias;
+  params.bias_batch_stride = gemm.bias_batch_stride;
+  params.m = static_cast<int>(gemm.m);
+  params.n = static_cast<int>(gemm.n);
+  params.k = static_cast<int>(gemm.k);
+  params.c_leaves_cache = gemm.m * gemm.n * gemm.batch * kElementSize > tuning::kBytesCacheKeeps;
+  if (!Tile::kGathers)
+    params.a = tensor_map(gemm.a, {gemm.k, gemm.batch, gemm.m, gemm.a_batch_stride, gemm.a_stride, kDepth, 1, Tile::kM},
+                          gemm.is_bfloat16);
+  params.b = tensor_map(gemm.b.data,
+                        Tile::kTransposed
+                            ? Layout{gemm.k, gemm.n, gemm.batch, gemm.b.ld, gemm.b.batch_stride, kDepth, Tile::kN, 1}
+                            : Layout{gemm.n, gemm.k, gemm.batch, gemm.b.ld, gemm.b.batch_stride, kDepth, kDepth, 1},
+                        gemm.is_bfloat16);
+  params.c = tensor_map(gemm.c, {gemm.n, gemm.batch, gemm.m, gemm.c_batch_stride, gemm.c_stride, kDepth, 1, Tile::kM},
+                        gemm.is_bfloat16);
+  const int bytes = kFixedBytes<Tile> + params.cut.a_stages * Tile::kABytes + params.cut.b_stages * Tile::kBBytes;
+  check(cudaFuncSetAttribute(head_gemm_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "cudaFuncSetAttribute");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(params.cut.lanes * params.cut.teams);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, head_gemm_kernel<Tile>, params), "cudaLaunchKernelEx");
+}
+
+template <class Element, int m, int n>
+void launch_tile(const HeadGemm& gemm, cudaStream_t stream) {
+  if (gemm.indices) {
+    if (gemm.b.transposed) return launch<Tile<Element, m, n, true, true>>(gemm, stream);
+    return launch<Tile<Element, m, n, true, false>>(gemm, stream);
+  }
+  if (gemm.b.transposed) return launch<Tile<Element, m, n, false, true>>(gemm, stream);
+  return launch<Tile<Element, m, n, false, false>>(gemm, stream);
+}
+
+template <class Element>
+void launch_element(const HeadGemm& gemm, cudaStream_t stream) {
+  switch (tuning::tile_size(gemm)) {
+    case tuning::TileSize::k128x64:
+      return launch_tile<Element, 128, 64>(gemm, stream);
+    case tuning::TileSize::k64x128:
+      return launch_tile<Element, 64, 128>(gemm, stream);
+    case tuning::TileSize::k128x128:
+      return launch_tile<Element, 128, 128>(gemm, stream);
+    case tuning::TileSize::k64x256:
+      return launch_tile<Element, 64, 256>(gemm, stream);
+  }
+}
+
+// Whether the copy engine can walk a tensor with these strides, in elements.
+bool is_walkable(const void* data, int64_t outer, int64_t outer_stride, int64_t batch, int64_t batch_stride) {
+  constexpr int64_t kFarthest = int64_t{1} << 40;  // bytes of a stride
+  const auto fits = [](int64_t size, int64_t stride) {
+    const int64_t bytes = stride * kElementSize;
+    return size == 1 || (bytes > 0 && bytes < kFarthest && bytes % kAlignment == 0);
+  };
+  return reinterpret_cast<uintptr_t>(data) % kAlignment == 0 && fits(outer, outer_stride) && fits(batch, batch_stride);
+}
+
+}  // namespace
+
+bool takes_sm90(const HeadGemm& gemm) {
+  constexpr int64_t kLargest = INT32_MAX - 256;  // a tile's end is an int, too
+  for (const int64_t size : {gemm.m, gemm.n, gemm.k, gemm.batch, gemm.a_rows})
+    if (size < 1 || size > kLargest) return false;
+  if (gemm.indices && gemm.k % (kAlignment / kElementSize) != 0) return false;  // copied in whole 16 bytes
+  if (!is_walkable(gemm.a, gemm.a_rows, gemm.a_stride, gemm.batch, gemm.a_batch_stride)) return false;
+  if (!is_walkable(gemm.c, gemm.m, gemm.c_stride, gemm.batch, gemm.c_batch_stride)) return false;
+  const int64_t b_outer = gemm.b.transposed ? gemm.n : gemm.k;
+  if (!is_walkable(gemm.b.data, b_outer, gemm.b.ld, gemm.batch, gemm.b.batch_stride)) return false;
+  return attribute_of_device(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         attribute_of_device(cudaDevAttrComputeCapabilityMinor) == 0 &&
+         tuning::prefers_sm90(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
+}
+
+void run_sm90(const HeadGemm& gemm, cudaStream_t stream) {
+  if (gemm.is_bfloat16) return launch_element<cute::bfloat16_t>(gemm, stream);
+  return launch_element<cute::half_t>(gemm, stream);
+}
+
+}  // namespace mhmatmul::cuda

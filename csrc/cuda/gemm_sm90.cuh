@@ -1,0 +1,490 @@
+// C_i[m, n] = A_i[m, k] B_i[k, n] for one Hopper SM at a time, bound by the bytes of A and C.
+//
+// A block stays on its SM and works through tiles [kM, kN] of C. Tiles that share a piece of B (one head, one block of
+// columns) follow one another, and B's piece stays in shared memory for all of them where it fits: from then on a tile
+// reads kM rows of A and writes kM rows of C, and nothing else. Blocks side by side work on the same rows and different
+// columns, so that A comes from device memory once.
+//
+// Three warpgroups. The first brings A and B: by the bulk copy engine, or, when rows are gathered, A by cp.async, one
+// thread per 16 bytes. The other two take tiles in turn (ping-pong): while one multiplies, the other rounds its sums
+// and hands them to the copy engine.
+//
+// Two rings of stages of kDepth along k, A's and B's, each with a barrier `full` (bytes have come) and one `empty`
+// (their readers have gone). A stage of A is read by one warpgroup. A stage of B that stays is read by both and freed
+// by both, after the last tile of its group; a B that does not stay is brought again for each tile, like A.
+//
+// Every row is summed over k in steps of 16 from the lowest, into one float32 sum, whatever the tile: the same bits.
+#pragma once
+
+#include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cute/tensor.hpp>
+
+#include <cstdint>
+
+namespace mhmatmul::cuda::sm90 {
+
+using cutlass::arch::ClusterBarrier;
+using cutlass::arch::ClusterTransactionBarrier;
+
+constexpr int kWarp = 32, kGroup = 128, kThreads = 3 * kGroup;
+constexpr int kDepth = 64;      // elements along k in a stage: rows of 128 bytes, the widest swizzle
+constexpr int kMaxStages = 16;  // of one ring
+constexpr int kRowBytes = 128;
+constexpr int kSharedBytes = 227 * 1024;  // what a block may have
+constexpr int kSharedAlignment = 1024;    // of the swizzle
+
+template <class Element_, int m, int n, bool gathers, bool b_is_transposed>
+struct Tile {
+  using Element = Element_;
+  static constexpr int kM = m, kN = n;
+  static constexpr bool kGathers = gathers, kTransposed = b_is_transposed;
+  static constexpr int kABytes = m * kRowBytes, kBBytes = n * kRowBytes, kCBytes = m * n * 2;
+  static constexpr int kPanels = (n + kDepth - 1) / kDepth;  // of C and of B: 64 columns each
+};
+
+// How the work is cut, decided on the host.
+struct Cut {
+  int m_blocks, n_blocks, k_blocks, heads;
+  int lanes, teams;  // blocks: lane l of a team takes the columns' blocks l, l + lanes, ...; teams share heads and rows
+  int a_stages, b_stages;
+  bool b_stays;
+};
+
+struct Params {
+  CUtensorMap a, b, c;
+  const void* rows;  // A, when gathered
+  const int64_t* indices;
+  int64_t a_stride, a_batch_stride, a_rows;
+  const void* bias;
+  int64_t bias_batch_stride;
+  int m, n, k;
+  bool c_leaves_cache;  // C is first to be evicted from L2
+  Cut cut;
+};
+
+// Shared memory, in this order; stages of A, stages of B, one tile of C for each of two warpgroups, barriers.
+struct Barriers {
+  uint64_t a_full[kMaxStages], a_empty[kMaxStages], b_full[kMaxStages], b_empty[kMaxStages];
+};
+template <class Tile>
+constexpr int kFixedBytes = 2 * Tile::kCBytes + static_cast<int>(sizeof(Barriers)) + kSharedAlignment;
+
+// A place in a ring of `size` stages and the parity of its round.
+struct Place {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance(int steps, int size) {
+    slot += steps;
+    while (slot >= size) {
+      slot -= size;
+      parity ^= 1;
+    }
+  }
+};
+
+// The tiles of one block, in order. A group is what shares a piece of B: one head's tiles for one block of columns.
+//
+// Heads are dealt to the teams one by one, and each team goes down all rows of its head: teams side by side are in
+// neighbouring heads at the same rows, so what is read and written at one time lies together in memory. The heads left
+// over are cut into as many runs of tiles as there are teams.
+class Walk {
+ public:
+  __device__ explicit Walk(const Cut& cut)
+      : cut_(cut),
+        team_(static_cast<int>(blockIdx.x) / cut.lanes),
+        whole_(int64_t{cut.heads / cut.teams} * cut.m_blocks),
+        n_block(static_cast<int>(blockIdx.x) % cut.lanes) {
+    const int64_t rest = int64_t{cut.heads % cut.teams} * cut.m_blocks;
+    run_begin_ = rest * team_ / cut.teams;
+    end_ = whole_ + rest * (team_ + 1) / cut.teams - run_begin_;
+    if (end_ == 0) n_block = cut.n_blocks;
+    locate();
+  }
+
+  __device__ bool at_end() const { return n_block >= cut_.n_blocks; }
+  __device__ bool is_first_of_group() const { return m_block == 0 || at_ == whole_; }
+  // Tiles of the group after this one.
+  __device__ int64_t left_in_group() const {
+    const int64_t of_head = cut_.m_blocks - 1 - m_block, of_all = end_ - 1 - at_;
+    return of_head < of_all ? of_head : of_all;
+  }
+  __device__ void next() {
+    ++at_;
+    ++m_block;
+    if (at_ == end_) {
+      at_ = 0;
+      n_block += cut_.lanes;
+    } else if (m_block < cut_.m_blocks) {
+      return;
+    }
+    locate();
+  }
+
+ private:
+  __device__ void locate() {
+    if (at_ < whole_) {
+      head = team_ + static_cast<int>(at_ / cut_.m_blocks) * cut_.teams;
+      m_block = static_cast<int>(at_ % cut_.m_blocks);
+    } else {
+      const int64_t in_rest = run_begin_ + at_ - whole_;
+      head = cut_.heads - cut_.heads % cut_.teams + static_cast<int>(in_rest / cut_.m_blocks);
+      m_block = static_cast<int>(in_rest % cut_.m_blocks);
+    }
+  }
+
+  const Cut& cut_;
+  int team_;
+  int64_t whole_;            // tiles of the heads that the team has whole
+  int64_t run_begin_, end_;  // first tile of its run among the heads left over; tiles of whole heads and run
+  int64_t at_ = 0;
+
+ public:
+  int n_block, head, m_block;
+};
+
+__device__ inline void bring(const CUtensorMap& map, uint64_t* barrier, void* to, int x, int y, int z) {
+  cute::SM90_TMA_LOAD_3D::copy(&map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, x, y,
+                               z);
+}
+
+// A panel of C on its way out of shared memory.
+__device__ inline void store(const Params& params, const void* from, int x, int y, int z) {
+  if (!params.c_leaves_cache) return cute::SM90_TMA_STORE_3D::copy(&params.c, from, x, y, z);
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;" ::"l"(
+          &params.c),
+      "r"(cute::cast_smem_ptr_to_uint(from)), "r"(x), "r"(y), "r"(z),
+      "l"(static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST))
+      : "memory");
+}
+
+__device__ inline void copy_16_bytes(uint32_t to, const void* from, bool zeros) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16)
+               : "memory");
+}
+
+// The part of gathered rows that one thread of the first warpgroup copies: one 16-byte piece of every 16th row.
+template <class Tile>
+struct GatheredRows {
+  static constexpr int kPieces = kRowBytes / 16, kStep = kGroup / kPieces, kRows = Tile::kM / kStep;
+  int64_t next[kRows];                 // indices of the tile to come, as they were read: looked at when they have come
+  const unsigned char* source[kRows];  // of this tile's pieces, in A's first stage
+  uint32_t named = 0;                  // bit i: row i names a row of A
+
+  __device__ static int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
+  __device__ static int first_row() { return static_cast<int>(threadIdx.x) / kPieces; }
+
+  __device__ void read(const Params& params, const Walk& walk) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = walk.m_block * Tile::kM + first_row() + i * kStep;
+      next[i] = -1;
+      if (!walk.at_end() && row < params.m) next[i] = params.indices[row];
+    }
+  }
+
+  // Turns to the tile whose indices were read.
+  __device__ void turn_to(const Params& params, int head) {
+    const auto* const base =
+        static_cast<const unsigned char*>(params.rows) + head * params.a_batch_stride * 2 + piece() * 16;
+    named = 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const bool is_named = next[i] >= 0 && next[i] < params.a_rows;
+      named |= (is_named ? 1u : 0u) << i;
+      source[i] = base + (is_named ? next[i] * params.a_stride * 2 : 0);
+    }
+  }
+
+  __device__ void copy(const Params& params, int k_block, uint32_t stage) const {
+    const bool inside = k_block * kDepth + piece() * 8 < params.k;
+    // Rows are a multiple of 8 apart: one swizzle for all.
+    const uint32_t to = stage + first_row() * kRowBytes + (piece() ^ (first_row() % 8)) * 16;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      copy_16_bytes(to + i * kStep * kRowBytes, source[i] + k_block * kRowBytes, !inside || !(named >> i & 1));
+  }
+};
+
+template <class Tile>
+__device__ void produce(const Params& params, Barriers& barriers, unsigned char* a_stages, unsigned char* b_stages) {
+  const Cut& cut = params.cut;
+  const bool leads = threadIdx.x == 0;
+  Place a, b;
+  Walk walk(cut);
+  [[maybe_unused]] GatheredRows<Tile> rows;
+  if constexpr (Tile::kGathers) rows.read(params, walk);
+  while (!walk.at_end()) {
+    const int head = walk.head, m_block = walk.m_block, n_block = walk.n_block;
+    const bool brings_b = !cut.b_stays || walk.is_first_of_group();
+    walk.next();
+    if constexpr (Tile::kGathers) {
+      rows.turn_to(params, head);
+      rows.read(params, walk);  // on their way while this tile is copied
+    }
+    for (int k_block = 0; k_block < cut.k_blocks; ++k_block) {
+      if (brings_b && leads) {
+        ClusterBarrier::wait(&barriers.b_empty[b.slot], b.parity ^ 1);
+        uint64_t* const full = &barriers.b_full[b.slot];
+        ClusterTransactionBarrier::arrive_and_expect_tx(full, Tile::kBBytes);
+        unsigned char* const stage = b_stages + b.slot * Tile::kBBytes;
+        if constexpr (Tile::kTransposed) {
+          bring(params.b, full, stage, k_block * kDepth, n_block * Tile::kN, head);
+        } else {
+          for (int panel = 0; panel < Tile::kPanels; ++panel)
+            bring(params.b, full, stage + panel * kDepth * kRowBytes, n_block * Tile::kN + panel * kDepth,
+                  k_block * kDepth, head);
+        }
+        b.advance(1, cut.b_stages);
+      }
+      ClusterBarrier::wait(&barriers.a_empty[a.slot], a.parity ^ 1);
+      uint64_t* const full = &barriers.a_full[a.slot];
+      unsigned char* const stage = a_stages + a.slot * Tile::kABytes;
+      if constexpr (Tile::kGathers) {
+        rows.copy(params, k_block, cute::cast_smem_ptr_to_uint(stage));
+        cutlass::arch::cpasync_barrier_arrive_noinc(full);
+      } else {
+        ClusterTransactionBarrier::arrive_and_expect_tx(full, Tile::kABytes);
+        bring(params.a, full, stage, k_block * kDepth, head, m_block * Tile::kM);
+      }
+      a.advance(1, cut.a_stages);
+    }
+  }
+}
+
+__device__ inline uint32_t pack(float low, float high, cute::bfloat16_t) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+__device__ inline uint32_t pack(float low, float high, cute::half_t) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+
+// The rows of a tile of C that one thread holds sums of: two in each 64, lane / 4 and 8 below it of its warp's 16.
+template <class Tile>
+struct SummedRows {
+  static constexpr int kBlocks = Tile::kM / 64;
+  int64_t index[2 * kBlocks];  // when gathered
+
+  __device__ static int row(int i) {
+    const int warp = static_cast<int>(threadIdx.x) % kGroup / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+    return i / 2 * 64 + warp * 16 + i % 2 * 8 + lane / 4;
+  }
+
+  __device__ void read(const Params& params, int m_block) {
+    if constexpr (!Tile::kGathers) return;
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      index[i] = -1;
+      if (m_block * Tile::kM + row(i) < params.m) index[i] = params.indices[m_block * Tile::kM + row(i)];
+    }
+  }
+
+  // Adds the bias, and clears rows that name no row of A: zeros by a B that is not finite are not zeros.
+  template <class Sums>
+  __device__ void finish(const Params& params, int head, int n_block, Sums& sums) const {
+    using Element = typename Tile::Element;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const auto* const bias = static_cast<const Element*>(params.bias) + head * params.bias_batch_stride;
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      bool names_row = true;
+      if constexpr (Tile::kGathers) names_row = index[i] >= 0 && index[i] < params.a_rows;
+#pragma unroll
+      for (int j = 0; j < Tile::kN / 8; ++j) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          float& sum = sums(i / 2 * (Tile::kN / 2) + j * 4 + i % 2 * 2 + side);
+          const int column = n_block * Tile::kN + j * 8 + lane % 4 * 2 + side;
+          if (params.bias && column < params.n) sum += static_cast<float>(bias[column]);
+          if (!names_row) sum = 0;
+        }
+      }
+    }
+  }
+};
+
+// Rounds a tile's sums into `to`: panels of 64 columns, kM rows of 128 bytes each, swizzled as the copy engine reads.
+template <class Tile, class Sums>
+__device__ void round_into(unsigned char* to, const Sums& sums) {
+  using Element = typename Tile::Element;
+  const int warp = static_cast<int>(threadIdx.x) % kGroup / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int block = 0; block < Tile::kM / 64; ++block) {
+    const int row = block * 64 + warp * 16 + lane % 16;  // lane: row of the matrix that it gives the address of
+    const uint32_t address = cute::cast_smem_ptr_to_uint(to) + row * kRowBytes;
+#pragma unroll
+    for (int j = 0; j < Tile::kN / 8; j += 2) {
+      const int base = block * Tile::kN / 2 + j * 4;
+      const int piece = j + lane / 16;  // of 8 columns, 16 bytes
+      const uint32_t target = address + piece / 8 * (Tile::kM * kRowBytes) + ((piece % 8) ^ (row % 8)) * 16;
+      asm volatile(
+          "stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target),
+          "r"(pack(sums(base + 0), sums(base + 1), Element{})), "r"(pack(sums(base + 2), sums(base + 3), Element{})),
+          "r"(pack(sums(base + 4), sums(base + 5), Element{})), "r"(pack(sums(base + 6), sums(base + 7), Element{}))
+          : "memory");
+    }
+  }
+}
+
+template <class Tile>
+__device__ void consume(const Params& params, Barriers& barriers, unsigned char* a_stages, unsigned char* b_stages,
+                        unsigned char* c_tiles) {
+  using namespace cute;
+  using Element = typename Tile::Element;
+  constexpr auto kB = Tile::kTransposed ? GMMA::Major::K : GMMA::Major::MN;
+  using Multiply = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<Tile::kN>, Int<kDepth>>, GMMA::Major::K, kB>()));
+  // As `produce` lays the stages: rows of A and columns of a transposed B 128 bytes apart; else B in panels.
+  using LayoutA = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
+                                         Shape<Int<Tile::kM>, Int<kDepth>, Int<kMaxStages>>{}));
+  using LayoutB =
+      conditional_t<Tile::kTransposed,
+                    decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
+                                           Shape<Int<Tile::kN>, Int<kDepth>, Int<kMaxStages>>{})),
+                    decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
+                                           Shape<Int<Tile::kN>, Int<kDepth>, Int<kMaxStages>>{}, Step<_2, _1, _3>{}))>;
+  const Cut& cut = params.cut;
+  const int group = static_cast<int>(threadIdx.x) / kGroup - 1, thread = static_cast<int>(threadIdx.x) % kGroup;
+  const bool signals = thread % kWarp == 0;
+  unsigned char* const c_tile = c_tiles + group * Tile::kCBytes;
+
+  Multiply multiply;
+  const auto slice = multiply.get_slice(thread);
+  const Tensor a_pieces = slice.make_fragment_A(
+      slice.partition_A(make_tensor(make_smem_ptr(reinterpret_cast<Element*>(a_stages)), LayoutA{})));
+  const Tensor b_pieces = slice.make_fragment_B(
+      slice.partition_B(make_tensor(make_smem_ptr(reinterpret_cast<Element*>(b_stages)), LayoutB{})));
+  Tensor sums = partition_fragment_C(multiply, Shape<Int<Tile::kM>, Int<Tile::kN>>{});
+
+  const auto release = [&](uint64_t* empty) {
+    if (signals) ClusterBarrier::arrive(empty);
+  };
+  // Stages are waited for in the order in which they are filled, by whichever warpgroup's turn it is: a barrier tells
+  // one round from the next, but not from the one after.
+  const auto begin_turn = [&] { cutlass::arch::NamedBarrier::sync(2 * kGroup, 2 + group); };
+  const auto end_turn = [&] { cutlass::arch::NamedBarrier::arrive(2 * kGroup, 2 + (1 - group)); };
+  if (group == 1) end_turn();  // the first turn is warpgroup 0's
+  Place a, b;
+  int turn = 0;
+  for (Walk walk(cut); !walk.at_end(); walk.next(), turn ^= 1) {
+    const bool is_mine = turn == group;
+    const int64_t left_in_group = walk.left_in_group();
+    SummedRows<Tile> rows;
+    if (is_mine) {
+      rows.read(params, walk.m_block);  // on their way while the tile is multiplied
+      Place a_now = a, b_now = b;
+      const auto multiply_stage = [&](GMMA::ScaleOut first) {
+        ClusterBarrier::wait(&barriers.b_full[b_now.slot], b_now.parity);
+        ClusterBarrier::wait(&barriers.a_full[a_now.slot], a_now.parity);
+        if constexpr (Tile::kGathers) cutlass::arch::fence_view_async_shared();  // cp.async wrote for wgmma to read
+        multiply.accumulate_ = first;
+        warpgroup_fence_operand(sums);
+        warpgroup_arrive();
+#pragma unroll
+        for (int k = 0; k < size<2>(a_pieces); ++k) {
+          gemm(multiply, a_pieces(_, _, k, a_now.slot), b_pieces(_, _, k, b_now.slot), sums);
+          multiply.accumulate_ = GMMA::ScaleOut::One;
+        }
+        warpgroup_commit_batch();
+      };
+      const auto free_stage = [&](const Place& a_before, const Place& b_before) {
+        release(&barriers.a_empty[a_before.slot]);
+        if (!cut.b_stays) release(&barriers.b_empty[b_before.slot]);
+      };
+      begin_turn();
+      multiply_stage(GMMA::ScaleOut::Zero);
+      for (int k_block = 1; k_block < cut.k_blocks; ++k_block) {
+        const Place a_before = a_now, b_before = b_now;
+        a_now.advance(1, cut.a_stages);
+        b_now.advance(1, cut.b_stages);
+        multiply_stage(GMMA::ScaleOut::One);
+        warpgroup_wait<1>();  // the stage before has been multiplied
+        warpgroup_fence_operand(sums);
+        free_stage(a_before, b_before);
+      }
+      end_turn();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(sums);
+      free_stage(a_now, b_now);
+    }
+    // Each warpgroup lets go of a B that stays after its last tile of the group; where it has none, once B is there, so
+    // that it never runs a round ahead.
+    const bool has_last = is_mine ? left_in_group <= 1 : left_in_group == 0 && walk.is_first_of_group();
+    if (cut.b_stays && has_last) {
+      Place b_now = b;
+      for (int k_block = 0; k_block < cut.k_blocks; ++k_block) {
+        if (!is_mine) ClusterBarrier::wait(&barriers.b_full[b_now.slot], b_now.parity);
+        release(&barriers.b_empty[b_now.slot]);
+        b_now.advance(1, cut.b_stages);
+      }
+    }
+    a.advance(cut.k_blocks, cut.a_stages);
+    if (!cut.b_stays || left_in_group == 0) b.advance(cut.k_blocks, cut.b_stages);
+    if (!is_mine) continue;
+
+    if (Tile::kGathers || params.bias) rows.finish(params, walk.head, walk.n_block, sums);
+    if (thread == 0) tma_store_wait<0>();  // the tile before has been read out of c_tile
+    cutlass::arch::NamedBarrier::sync(kGroup, group);
+    round_into<Tile>(c_tile, sums);
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::sync(kGroup, group);
+    if (thread == 0) {
+      for (int panel = 0; panel < Tile::kPanels; ++panel) {
+        const int column = walk.n_block * Tile::kN + panel * kDepth;
+        if (column < params.n)
+          store(params, c_tile + panel * Tile::kM * kRowBytes, column, walk.head, walk.m_block * Tile::kM);
+      }
+      tma_store_arrive();
+    }
+  }
+  if (thread == 0) tma_store_wait<0>();
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(kThreads, 1) head_gemm_kernel(const __grid_constant__ Params params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ unsigned char raw[];
+  const Cut& cut = params.cut;
+  unsigned char* const shared =
+      raw + (kSharedAlignment - cute::cast_smem_ptr_to_uint(raw) % kSharedAlignment) % kSharedAlignment;
+  unsigned char* const a_stages = shared;
+  unsigned char* const b_stages = a_stages + cut.a_stages * Tile::kABytes;
+  unsigned char* const c_tiles = b_stages + cut.b_stages * Tile::kBBytes;
+  auto& barriers = *reinterpret_cast<Barriers*>(c_tiles + 2 * Tile::kCBytes);
+
+  // One thread: the fence costs a microsecond and a half when sixteen share the work.
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = kGroup / kWarp;
+    for (int i = 0; i < cut.a_stages; ++i) {
+      ClusterBarrier::init(&barriers.a_full[i], Tile::kGathers ? kGroup : 1);
+      ClusterBarrier::init(&barriers.a_empty[i], kWarps);
+    }
+    for (int i = 0; i < cut.b_stages; ++i) {
+      ClusterBarrier::init(&barriers.b_full[i], 1);
+      ClusterBarrier::init(&barriers.b_empty[i], cut.b_stays ? 2 * kWarps : kWarps);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  // The next kernel of the stream may come up while this one works; this one waits here for the one before.
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+
+  if (threadIdx.x < kGroup) {
+    cutlass::arch::warpgroup_reg_dealloc<Tile::kGathers ? 72 : 40>();
+    if (Tile::kGathers || threadIdx.x == 0) produce<Tile>(params, barriers, a_stages, b_stages);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Tile::kGathers ? 216 : 232>();
+    consume<Tile>(params, barriers, a_stages, b_stages, c_tiles);
+  }
+#else
+  __trap();  // built for another architecture; the host never launches it there
+#endif
+}
+
+}  // namespace mhmatmul::cuda::sm90

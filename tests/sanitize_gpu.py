@@ -1,0 +1,65 @@
+"""Runs the operators' GPU tests under each tool of compute-sanitizer; fails if a tool did not run or found something.
+
+Each tool runs the tests named for it in one process, without the caching allocator, so that the memory around every
+tensor is the driver's to guard. Extra arguments go to pytest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+# The heart of each family, at sizes that a tool slowing a kernel a hundred times can take. Left out: what profiles (a
+# sanitizer is a profiler itself), compiles, captures, or is large for its own sake.
+FILES = ("test_selection.py", "test_importance.py", "test_cuda.py")
+LEFT_OUT = ("dense", "bits", "which_kernel", "more_elements", "graph", "capture", "compile", "many_rows")
+TOOLS = {
+    "memcheck": ("--leak-check", "no"),
+    "racecheck": (),
+    "initcheck": (),
+    "synccheck": (),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """The number of tools that failed."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        print("compute-sanitizer was found neither on PATH nor in /usr/local/cuda/bin")
+        return len(TOOLS)
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "MHMATMUL_DEMAND_GPU": "1"}
+    failed = 0
+    for tool, options in TOOLS.items():
+        command = [sanitizer, "--tool", tool, *options, "--error-exitcode", "99", "--target-processes", "all"]
+        command += [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu",
+            "-k",
+            f"not ({' or '.join(LEFT_OUT)})",
+            "-p",
+            "no:cacheprovider",
+        ]
+        command += [*(str(TESTS / name) for name in FILES), *arguments]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        output = result.stdout + result.stderr
+        ran = re.search(r"GPU tests: (\d+) run", output)
+        summary = re.search(r"(ERROR|RACECHECK) SUMMARY: .*", output)
+        good = result.returncode == 0 and ran is not None and int(ran.group(1)) > 0 and summary is not None
+        failed += not good
+        print(f"{tool}: {summary.group(0) if summary else 'no summary'}; {ran.group(0) if ran else 'no test ran'}")
+        if not good:
+            print(output[-20000:])
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

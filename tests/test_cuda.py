@@ -1,0 +1,239 @@
+"""What only a GPU can show: the kernel for Hopper against plain PyTorch, bits, graphs, streams, very large tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import assert_as_exact, einsum_heads
+
+from mhmatmul_ext import matmul_with_importance, matmul_with_multi_head, select_important
+
+ops = torch.ops.mhmatmul
+pytestmark = pytest.mark.gpu
+halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+# rows, nh, hd, e: large enough for the kernel's dense form (kTilesPerSm), one of each tile and of what does not divide
+DENSE = [
+    (12608, 12, 64, 64),
+    (8192, 16, 128, 128),
+    (4001, 16, 72, 200),
+    (2500, 40, 104, 264),
+    (1024, 64, 128, 512),
+    (4096, 16, 256, 256),
+    (9001, 9, 8, 72),
+]
+# rows to gather from, rows gathered, nh, hd, e: every number of blocks of k, tiles in part, one row, one head
+GATHERED = [
+    (700, 512, 3, 64, 64),
+    (64, 4096, 7, 128, 128),
+    (3000, 1000, 5, 264, 136),
+    (300, 1, 2, 512, 520),
+    (90, 200, 1, 8, 8),
+    (200, 333, 4, 24, 40),
+    (2000, 2000, 32, 128, 128),
+]
+
+
+def some_indices(rows: int, t: int) -> torch.Tensor:
+    """Repeated, in any order, some of them naming no row."""
+    indices = torch.randint(0, rows, (t,), device="cuda")
+    indices[torch.rand(t, device="cuda") < 0.1] = -1
+    indices[torch.rand(t, device="cuda") < 0.05] = rows
+    return indices
+
+
+@pytest.mark.parametrize("size", DENSE, ids=str)
+@pytest.mark.parametrize("layout", ["plain", "transposed", "strided"])
+@halves
+def test_dense(size, layout, dtype):
+    m, nh, hd, e = size
+    input = torch.randn(m, nh, hd, device="cuda", dtype=dtype)
+    weight = torch.randn(nh, hd, e, device="cuda", dtype=dtype)
+    bias = torch.randn(nh, e, device="cuda", dtype=dtype)
+    if layout == "transposed":
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "strided":
+        input = torch.randn(m, nh, hd + 24, device="cuda", dtype=dtype)[..., 8 : hd + 8]
+        weight = torch.randn(nh, hd, e + 16, device="cuda", dtype=dtype)[..., :e]
+    output = ops.head_matmul(input, weight, bias)
+    exact = torch.einsum("mnd,nde->mne", input.double(), weight.double()) + bias.double()
+    assert_as_exact(output, torch.einsum("mnd,nde->mne", input, weight) + bias, exact)
+
+
+@pytest.mark.parametrize("size", GATHERED, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@halves
+def test_gathered(size, transposed, with_bias, dtype):
+    rows, t, nh, hd, e = size
+    input = torch.randn(rows, nh, hd, device="cuda", dtype=dtype)
+    weight = torch.randn(nh, hd, e, device="cuda", dtype=dtype)
+    bias = torch.randn(nh, e, device="cuda", dtype=dtype) if with_bias else None
+    if transposed:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    indices = some_indices(rows, t)
+    padding = ((indices < 0) | (indices >= rows)).view(-1, 1, 1)
+    gathered = input[indices.clamp(0, rows - 1)]
+
+    def plain(operand, weight, bias):
+        product = torch.einsum("mnd,nde->mne", operand, weight)
+        return (product if bias is None else product + bias).masked_fill(padding, 0)
+
+    output = ops.gather_head_matmul(input, weight, indices, bias)
+    exact = plain(gathered.double(), weight.double(), None if bias is None else bias.double())
+    assert_as_exact(output, plain(gathered, weight, bias), exact)
+
+
+def kernels_of(function) -> list[str]:
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        function()
+        torch.cuda.synchronize()
+    return [event.key for event in profile.key_averages()]
+
+
+@halves
+def test_which_kernel_is_taken(dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+    input = torch.randn(8192, 16, 128, device="cuda", dtype=dtype)
+    weight = torch.randn(16, 128, 128, device="cuda", dtype=dtype)
+    indices = some_indices(8192, 500)
+    gathered = kernels_of(lambda: ops.gather_head_matmul(input, weight, indices))
+    assert any("head_gemm" in name for name in gathered)
+    assert not any("copy_rows" in name for name in gathered), "the rows were copied"
+    assert any("head_gemm" in name for name in kernels_of(lambda: ops.head_matmul(input, weight)))
+    odd = weight[..., 1:]  # not aligned as the copy engine wants it
+    assert not any("head_gemm" in name for name in kernels_of(lambda: ops.head_matmul(input, odd)))
+
+
+@halves
+def test_a_weight_that_is_not_finite_leaves_padding_zero(dtype):
+    input = torch.randn(50, 2, 64, device="cuda", dtype=dtype)
+    weight = torch.full((2, 64, 128), torch.inf, device="cuda", dtype=dtype)
+    output = ops.gather_head_matmul(input, weight, torch.tensor([3, -1, 50, 7], device="cuda"))
+    assert torch.equal(output[1:3], torch.zeros_like(output[1:3]))
+    assert not output[[0, 3]].isfinite().any()
+
+
+@pytest.mark.parametrize("size", [s for s in DENSE if s[2] >= 64], ids=str)
+@halves
+def test_bits_of_a_row(size, dtype):
+    """A row alone, in a few, in many, gathered: the same bits, though different kernels may have made them."""
+    m, nh, hd, e = size
+    input = torch.randn(m, nh, hd, device="cuda", dtype=dtype)
+    weight = torch.randn(nh, hd, e, device="cuda", dtype=dtype)
+    whole = ops.head_matmul(input, weight)
+    order = torch.randperm(m, device="cuda")
+    assert torch.equal(ops.gather_head_matmul(input, weight, order), whole[order])
+    for rows in (1, 16, 64, 200):
+        assert torch.equal(ops.head_matmul(input[:rows], weight), whole[:rows]), f"{rows} rows"
+    assert torch.equal(ops.head_matmul(input, weight), whole), "repeated"
+
+
+@pytest.mark.parametrize("capacity", [None, 100])
+@halves
+def test_gradients_of_the_selected(capacity, dtype):
+    """The gathering product with the inverse of the selection; padding rows may hold any gradient."""
+    b, s, nh, hd, e = 4, 700, 6, 64, 192
+    input = torch.randn(b, s, nh * hd, device="cuda", dtype=dtype)
+    weight = torch.randn(nh * hd, e, device="cuda", dtype=dtype)
+    probs = torch.rand(b, s, device="cuda")
+    indices, _ = select_important(probs, 0.5, 80, capacity=capacity)
+    is_row = indices >= 0
+    grad_output = torch.randn(*indices.shape, nh, e, device="cuda", dtype=dtype)
+    grad_output[~is_row] = torch.nan
+    _, grad_input, grad_weight = matmul_with_importance(
+        input, weight, probs, grad_output, nh, 0.5, 80, capacity=capacity
+    )
+
+    def plain(input, weight, grad_output):
+        rows = input.detach().flatten(0, 1).requires_grad_()
+        weight = weight.detach().requires_grad_()
+        einsum_heads(rows[indices[is_row]], weight, nh).backward(grad_output[is_row])
+        return rows.grad.view(b, s, -1), weight.grad
+
+    exact = plain(input.double(), weight.double(), grad_output.double())
+    for ours, other, reference in zip((grad_input, grad_weight), plain(input, weight, grad_output), exact, strict=True):
+        assert_as_exact(ours, other, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_graph(dtype):
+    b, s, nh, h, e = 4, 512, 4, 256, 128
+    input, probs = torch.randn(b, s, h, device="cuda", dtype=dtype), torch.rand(b, s, device="cuda")
+    weight, grad_output = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((h, e), (b, 64, nh, e)))
+    threshold = torch.tensor(0.3, device="cuda")
+
+    def work():
+        dense = matmul_with_multi_head(input, weight, nh)
+        return dense, *matmul_with_importance(input, weight, probs, grad_output, nh, threshold, 50, capacity=64)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        work()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        captured = work()
+    input.copy_(torch.randn_like(input))
+    probs.copy_(torch.rand_like(probs))
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, wanted in zip(captured, work(), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_streams_do_not_share():
+    """The same calls on several streams at once give what they give alone."""
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    inputs = [torch.randn(2, 2048, 1024, device="cuda", dtype=torch.bfloat16) for _ in streams]
+    weights = [torch.randn(1024, 128, device="cuda", dtype=torch.bfloat16) for _ in streams]
+    probs = [torch.rand(2, 2048, device="cuda") for _ in streams]
+
+    def work(i):
+        grad_output = torch.ones(2, 256, 8, 128, device="cuda", dtype=torch.bfloat16)
+        return matmul_with_importance(inputs[i], weights[i], probs[i], grad_output, 8, 0.2, 256, capacity=256)
+
+    alone = [work(i) for i in range(len(streams))]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        together = []
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                together.append(work(i))
+        torch.cuda.synchronize()
+        for got, wanted in zip(together, alone, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    input = torch.randn(2, 300, 256, device="cuda:1", dtype=torch.bfloat16)
+    weight = torch.randn(256, 128, device="cuda:1", dtype=torch.bfloat16)
+    probs = torch.rand(2, 300, device="cuda:1")
+    with torch.cuda.device(0):
+        output, *_ = matmul_with_importance(input, weight, probs, num_heads=4, top_p=0.0, top_k=100)
+        indices, _ = select_important(probs, 0.0, 100)
+        assert torch.equal(output, matmul_with_multi_head(input, weight, 4).flatten(0, 1)[indices])
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_more_elements_than_an_int_counts(gathered):
+    """2^31 + 2^20 elements come out; the last rows, beyond the first 4 GiB, are those of a small call."""
+    rows, nh, hd, e = 2**17 + 64, 32, 64, 512
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    input = torch.randn(rows, nh, hd, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(nh, hd, e, device="cuda", dtype=torch.bfloat16)
+    if gathered:
+        output = ops.gather_head_matmul(input, weight, torch.arange(rows, device="cuda"))
+    else:
+        output = ops.head_matmul(input, weight)
+    assert output.numel() > 2**31
+    for part in (slice(0, 128), slice(rows // 2, rows // 2 + 128), slice(rows - 128, rows)):
+        plain = torch.einsum("mnd,nde->mne", input[part], weight)
+        exact = torch.einsum("mnd,nde->mne", input[part].double(), weight.double())
+        assert_as_exact(output[part], plain, exact)
+    del output
+    torch.cuda.empty_cache()
