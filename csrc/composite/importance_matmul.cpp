@@ -73,7 +73,10 @@ Tensor gather_distinct_head_matmul_composite(const Tensor& input, const Tensor& 
 
 Tensor threshold(std::string_view op, const Tensor& probs, double top_p) {
   check_select(op, probs, top_p, std::nullopt, std::nullopt);
-  return at::full({}, top_p, probs.options());
+  // A number stays on the host, where the kernels read it without a launch; in a traced graph one tensor of another
+  // device would keep the whole from being captured.
+  const bool is_traced = probs.key_set().has(c10::DispatchKey::Python);
+  return at::full({}, top_p, is_traced ? probs.options() : probs.options().device(at::kCPU));
 }
 
 }  // namespace

@@ -38,13 +38,16 @@ Tensor inverse(const Tensor& indices, int64_t m) {
   return places;
 }
 
-// Distinct indices: a row of grad_input is one row's product, or zeros, and is written as such; the same gathering
-// product as the forward's, with the inverse of its indices.
+// Distinct indices: a row of grad_input is one row's product, or zeros, and is written as such. On Hopper that is the
+// forward's gathering product with the inverse of the indices; elsewhere the products are moved to their places.
 Tensor distinct_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m) {
-  Tensor grad_input = at::empty({m, weight.size(0), weight.size(1)}, weight.options());
-  if (grad_input.numel() == 0) return grad_input;
-  cuda::gather_forward(grad_output, weight.transpose(1, 2), inverse(indices, m), std::nullopt, grad_input);
-  return grad_input;
+  const int64_t nh = weight.size(0), hd = weight.size(1);
+  const Tensor transposed = weight.transpose(1, 2), places = inverse(indices, m);
+  Tensor grad_input = at::empty({m, nh, hd}, weight.options());
+  if (cuda::gather_forward_in_flight(grad_output, transposed, places, std::nullopt, grad_input)) return grad_input;
+  Tensor rows = at::empty({grad_output.size(0), nh, hd}, weight.options());
+  cuda::forward(grad_output, transposed, std::nullopt, rows);
+  return cuda::gather(rows, places);
 }
 
 Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m, bool distinct) {

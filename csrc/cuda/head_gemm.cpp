@@ -90,10 +90,16 @@ Tensor masked(const Tensor& rows, const Tensor& indices, int64_t m) {
   return to;
 }
 
+bool gather_forward_in_flight(const Tensor& rows, const Tensor& weight, const Tensor& indices,
+                              const OptionalTensor& bias, const Tensor& output) {
+  const auto gemm = for_sm90(rows, weight, indices, bias, output);
+  if (gemm) run_sm90(*gemm, at::cuda::getCurrentCUDAStream());
+  return gemm.has_value();
+}
+
 void gather_forward(const Tensor& rows, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias,
                     const Tensor& output) {
-  if (const auto gemm = for_sm90(rows, weight, indices, bias, output))
-    return run_sm90(*gemm, at::cuda::getCurrentCUDAStream());
+  if (gather_forward_in_flight(rows, weight, indices, bias, output)) return;
   forward(gather(rows, indices), weight, bias, output);
   // Also without a bias: a row of zeros by a weight that is not finite is not zeros.
   zero_rows(indices.const_data_ptr<int64_t>(), indices.size(0), rows.size(0), output.size(1) * output.size(2),

@@ -15,6 +15,10 @@ void forward(const Tensor& rows, const Tensor& weight, const OptionalTensor& bia
 void gather_forward(const Tensor& rows, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias,
                     const Tensor& output);
 
+// The same without a copy, where the kernel for Hopper takes it; else nothing is done, and false is returned.
+bool gather_forward_in_flight(const Tensor& rows, const Tensor& weight, const Tensor& indices,
+                              const OptionalTensor& bias, const Tensor& output);
+
 // The rows that indices name, [t, nh, x]; zeros where one names none.
 Tensor gather(const Tensor& rows, const Tensor& indices);
 
