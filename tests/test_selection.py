@@ -150,3 +150,13 @@ def test_any_rows(data, b, s, top_p):
     top_k = data.draw(st.none() | st.integers(1, s))
     capacity = data.draw(st.none() | st.integers(0, s + 2))
     assert_same_selection(torch.tensor(rows, dtype=dtype).reshape(b, s), top_p, top_k, capacity)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_bit_pattern(dtype, device):
+    """All 65,536 values of a half type in one row: every key, both zeros, every NaN, in any order."""
+    bits = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    probs = bits.view(dtype).view(1, -1).to(device)
+    for top_k in (1, 2, 1000, 32_768, 60_000, 65_536):
+        for top_p in (0.0, 0.5, 1.0, torch.tensor(-torch.inf)):
+            assert_same_selection(probs, top_p, top_k)
