@@ -42,13 +42,13 @@ sanitize-gpu: $(VENV)/built  ## the operators' GPU tests under compute-sanitizer
 lint: $(VENV)/built  ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP) $(wildcard tests/*.cpp)
 	$(VENV)/bin/mypy
 
 format: $(VENV)/built  ## rewrite the sources as lint wants them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CPP)
+	$(VENV)/bin/clang-format -i $(CPP) $(wildcard tests/*.cpp)
 
 clean:  ## remove everything built and installed
 	rm -rf build dist *.egg-info mhmatmul_ext/*.so $(VENV) $(CUDA_VENV)

@@ -8,13 +8,9 @@
 // Scores are read as raw bits, so nothing here knows a half type or a Tensor.
 #pragma once
 
-#include <cstdint>
+#include "host_device.h"
 
-#ifdef __CUDACC__
-#define MHMATMUL_HOST_DEVICE __host__ __device__
-#else
-#define MHMATMUL_HOST_DEVICE
-#endif
+#include <cstdint>
 
 namespace mhmatmul {
 

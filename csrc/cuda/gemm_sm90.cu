@@ -67,9 +67,7 @@ Cut cut(const HeadGemm& gemm, int multiprocessors) {
   cut.n_blocks = blocks(gemm.n, Tile::kN);
   cut.k_blocks = blocks(gemm.k, kDepth);
   cut.heads = static_cast<int>(gemm.batch);
-  cut.lanes = std::min(cut.n_blocks, multiprocessors);
-  cut.teams =
-      static_cast<int>(std::min<int64_t>(std::max(1, multiprocessors / cut.lanes), int64_t{cut.heads} * cut.m_blocks));
+  share_out(cut, multiprocessors);
 
   constexpr int kBytes = kSharedBytes - kFixedBytes<Tile>;
   constexpr int kLeastOfA = 2, kWantedOfA = 4;  // stages

@@ -16,6 +16,8 @@
 // Every row is summed over k in steps of 16 from the lowest, into one float32 sum, whatever the tile: the same bits.
 #pragma once
 
+#include "tile_walk.h"
+
 #include <cuda.h>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
@@ -42,14 +44,6 @@ struct Tile {
   static constexpr bool kGathers = gathers, kTransposed = b_is_transposed;
   static constexpr int kABytes = m * kRowBytes, kBBytes = n * kRowBytes, kCBytes = m * n * 2;
   static constexpr int kPanels = (n + kDepth - 1) / kDepth;  // of C and of B: 64 columns each
-};
-
-// How the work is cut, decided on the host.
-struct Cut {
-  int m_blocks, n_blocks, k_blocks, heads;
-  int lanes, teams;  // blocks: lane l of a team takes the columns' blocks l, l + lanes, ...; teams share heads and rows
-  int a_stages, b_stages;
-  bool b_stays;
 };
 
 struct Params {
@@ -83,66 +77,6 @@ struct Place {
       parity ^= 1;
     }
   }
-};
-
-// The tiles of one block, in order. A group is what shares a piece of B: one head's tiles for one block of columns.
-//
-// Heads are dealt to the teams one by one, and each team goes down all rows of its head: teams side by side are in
-// neighbouring heads at the same rows, so what is read and written at one time lies together in memory. The heads left
-// over are cut into as many runs of tiles as there are teams.
-class Walk {
- public:
-  __device__ explicit Walk(const Cut& cut)
-      : cut_(cut),
-        team_(static_cast<int>(blockIdx.x) / cut.lanes),
-        whole_(int64_t{cut.heads / cut.teams} * cut.m_blocks),
-        n_block(static_cast<int>(blockIdx.x) % cut.lanes) {
-    const int64_t rest = int64_t{cut.heads % cut.teams} * cut.m_blocks;
-    run_begin_ = rest * team_ / cut.teams;
-    end_ = whole_ + rest * (team_ + 1) / cut.teams - run_begin_;
-    if (end_ == 0) n_block = cut.n_blocks;
-    locate();
-  }
-
-  __device__ bool at_end() const { return n_block >= cut_.n_blocks; }
-  __device__ bool is_first_of_group() const { return m_block == 0 || at_ == whole_; }
-  // Tiles of the group after this one.
-  __device__ int64_t left_in_group() const {
-    const int64_t of_head = cut_.m_blocks - 1 - m_block, of_all = end_ - 1 - at_;
-    return of_head < of_all ? of_head : of_all;
-  }
-  __device__ void next() {
-    ++at_;
-    ++m_block;
-    if (at_ == end_) {
-      at_ = 0;
-      n_block += cut_.lanes;
-    } else if (m_block < cut_.m_blocks) {
-      return;
-    }
-    locate();
-  }
-
- private:
-  __device__ void locate() {
-    if (at_ < whole_) {
-      head = team_ + static_cast<int>(at_ / cut_.m_blocks) * cut_.teams;
-      m_block = static_cast<int>(at_ % cut_.m_blocks);
-    } else {
-      const int64_t in_rest = run_begin_ + at_ - whole_;
-      head = cut_.heads - cut_.heads % cut_.teams + static_cast<int>(in_rest / cut_.m_blocks);
-      m_block = static_cast<int>(in_rest % cut_.m_blocks);
-    }
-  }
-
-  const Cut& cut_;
-  int team_;
-  int64_t whole_;            // tiles of the heads that the team has whole
-  int64_t run_begin_, end_;  // first tile of its run among the heads left over; tiles of whole heads and run
-  int64_t at_ = 0;
-
- public:
-  int n_block, head, m_block;
 };
 
 __device__ inline void bring(const CUtensorMap& map, uint64_t* barrier, void* to, int x, int y, int z) {
@@ -214,7 +148,7 @@ __device__ void produce(const Params& params, Barriers& barriers, unsigned char*
   const Cut& cut = params.cut;
   const bool leads = threadIdx.x == 0;
   Place a, b;
-  Walk walk(cut);
+  Walk walk(cut, static_cast<int>(blockIdx.x));
   [[maybe_unused]] GatheredRows<Tile> rows;
   if constexpr (Tile::kGathers) rows.read(params, walk);
   while (!walk.at_end()) {
@@ -371,7 +305,7 @@ __device__ void consume(const Params& params, Barriers& barriers, unsigned char*
   if (group == 1) end_turn();  // the first turn is warpgroup 0's
   Place a, b;
   int turn = 0;
-  for (Walk walk(cut); !walk.at_end(); walk.next(), turn ^= 1) {
+  for (Walk walk(cut, static_cast<int>(blockIdx.x)); !walk.at_end(); walk.next(), turn ^= 1) {
     const bool is_mine = turn == group;
     const int64_t left_in_group = walk.left_in_group();
     SummedRows<Tile> rows;

@@ -1,0 +1,60 @@
+"""Which block of the Hopper kernel works on which tiles: every tile once, groups together and told as they are."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from itertools import groupby, product
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler, target = shutil.which("c++") or "g++", tmp_path_factory.mktemp("walk") / "walk.so"
+    source = ROOT / "tests" / "tile_walk.cpp"
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    subprocess.run([*command, "-I", ROOT / "csrc", source, "-o", target], check=True)
+    library = ctypes.CDLL(str(target))
+    library.blocks_of.restype = library.tiles_of.restype = ctypes.c_int64
+    return library
+
+
+def tiles_of(library, cut, block):
+    capacity = cut[0] * cut[1] * cut[2] + 1
+    out = (ctypes.c_int64 * (5 * capacity))()
+    count = library.tiles_of(*cut, block, ctypes.c_int64(capacity), out)
+    return [tuple(out[5 * i : 5 * i + 5]) for i in range(count)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    heads=st.integers(1, 40),
+    m_blocks=st.integers(1, 20),
+    n_blocks=st.integers(1, 9),
+    multiprocessors=st.integers(1, 140),
+)
+@example(heads=128, m_blocks=16, n_blocks=2, multiprocessors=132)
+@example(heads=1, m_blocks=1, n_blocks=200, multiprocessors=132)
+@example(heads=133, m_blocks=1, n_blocks=1, multiprocessors=132)
+def test_walk(library, heads, m_blocks, n_blocks, multiprocessors):
+    cut = (heads, m_blocks, n_blocks, multiprocessors)
+    blocks = library.blocks_of(*cut)
+    assert 1 <= blocks <= max(multiprocessors, 1)
+    seen = []
+    for block in range(blocks):
+        tiles = tiles_of(library, cut, block)
+        seen += [tile[:3] for tile in tiles]
+        for _, same in groupby(tiles, key=lambda tile: tile[:2]):
+            group = list(same)
+            rows = [tile[2] for tile in group]
+            assert rows == list(range(rows[0], rows[0] + len(group))), "a group goes down its rows"
+            assert [tile[3] for tile in group] == [1] + [0] * (len(group) - 1), "one first"
+            assert [tile[4] for tile in group] == list(range(len(group)))[::-1], "left in the group"
+    assert sorted(seen) == sorted(product(range(n_blocks), range(heads), range(m_blocks))), "every tile once"
