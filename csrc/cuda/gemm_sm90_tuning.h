@@ -20,8 +20,8 @@
 //     128 -> 512. What is written at one time lies together.
 //   - Evict-first stores, where C is larger than L2 keeps: 75 -> 71 us at 1024 rows. Else they do nothing.
 //   - Launching before the kernel ahead has ended (programmatic dependent launch): about half a microsecond.
-// ptxas 13.0: 168 registers at launch in each of the 32 kernels, no spills; gathering with 56 for the producers spilled.
-// In all of these, 22 shapes, cuBLAS (13.0) gave the very same bits.
+// ptxas 13.0: 168 registers at launch in each of the 32 kernels, no spills; gathering with 56 for the producers
+// spilled. In all of these, 22 shapes, cuBLAS (13.0) gave the very same bits.
 #pragma once
 
 #include "gemm_sm90.h"
