@@ -150,6 +150,7 @@ def build_arguments() -> dict[str, Any]:
         common["include_dirs"].append(cutlass_headers())
         operators = CUDAExtension(
             sources=sources(*CPU_SOURCES, *CUDA_SOURCES),
+            define_macros=[("MHMATMUL_BUILT_FOR_SM90A", None)] if "9.0a" in architectures.split(";") else [],
             extra_compile_args={"cxx": optimise, "nvcc": ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]},
             **common,
         )

@@ -47,7 +47,8 @@ Tensor distinct_dgrad(const Tensor& grad_output, const Tensor& weight, const Ten
   if (cuda::gather_forward_in_flight(grad_output, transposed, places, std::nullopt, grad_input)) return grad_input;
   Tensor rows = at::empty({grad_output.size(0), nh, hd}, weight.options());
   cuda::forward(grad_output, transposed, std::nullopt, rows);
-  return cuda::gather(rows, places);
+  cuda::gather(rows, places, grad_input);
+  return grad_input;
 }
 
 Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m, bool distinct) {

@@ -144,16 +144,11 @@ void launch_tile(const HeadGemm& gemm, cudaStream_t stream) {
 
 template <class Element>
 void launch_element(const HeadGemm& gemm, cudaStream_t stream) {
-  switch (tuning::tile_size(gemm)) {
-    case tuning::TileSize::k128x64:
-      return launch_tile<Element, 128, 64>(gemm, stream);
-    case tuning::TileSize::k64x128:
-      return launch_tile<Element, 64, 128>(gemm, stream);
-    case tuning::TileSize::k128x128:
-      return launch_tile<Element, 128, 128>(gemm, stream);
-    case tuning::TileSize::k64x256:
-      return launch_tile<Element, 64, 256>(gemm, stream);
-  }
+  const auto tile = tuning::tile_size(gemm);
+  if (tile.n == 64) return launch_tile<Element, 128, 64>(gemm, stream);
+  if (tile.n == 256) return launch_tile<Element, 64, 256>(gemm, stream);
+  if (tile.m == 64) return launch_tile<Element, 64, 128>(gemm, stream);
+  return launch_tile<Element, 128, 128>(gemm, stream);
 }
 
 // Whether the copy engine can walk a tensor with these strides, in elements.
@@ -169,6 +164,9 @@ bool is_walkable(const void* data, int64_t outer, int64_t outer_stride, int64_t 
 }  // namespace
 
 bool takes_sm90(const HeadGemm& gemm) {
+#ifndef MHMATMUL_BUILT_FOR_SM90A
+  return false;  // the machine code that such a device would run is of an architecture without these instructions
+#endif
   constexpr int64_t kLargest = INT32_MAX - 256;  // a tile's end is an int, too
   for (const int64_t size : {gemm.m, gemm.n, gemm.k, gemm.batch, gemm.a_rows})
     if (size < 1 || size > kLargest) return false;

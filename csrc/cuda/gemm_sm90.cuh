@@ -417,7 +417,7 @@ __global__ void __launch_bounds__(kThreads, 1) head_gemm_kernel(const __grid_con
     consume<Tile>(params, barriers, a_stages, b_stages, c_tiles);
   }
 #else
-  __trap();  // built for another architecture; the host never launches it there
+  __trap();  // machine code for another architecture: takes_sm90 keeps the host from launching it
 #endif
 }
 

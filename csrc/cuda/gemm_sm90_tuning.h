@@ -12,16 +12,17 @@
 // with rows gathered by index in flight (cuBLAS would need a copy of the rows first, 128 MiB more to move):
 //   32 heads 128 -> 128, 8192 of 65536 rows           54 (45), the dense product of as many rows 54
 // What made the difference, in the order in which it was found:
-//   - Two warpgroups that wait for stages out of turn take a round of a barrier for the round before: wrong sums.
-//   Turns.
+//   - Two warpgroups that wait for stages out of turn take a barrier's round for the one before: wrong sums. Now they
+//     take turns.
 //   - Gathering with addresses computed for each piece and stage: 64 us instead of 54. One pointer a row, set per tile.
 //   - Sixteen threads initialising barriers, each with its fence: 1.6 us a launch. One thread.
 //   - Teams in neighbouring heads at the same rows, instead of runs of tiles wherever they fall: 280 -> 265 us at
 //     128 -> 512. What is written at one time lies together.
 //   - Evict-first stores, where C is larger than L2 keeps: 75 -> 71 us at 1024 rows. Else they do nothing.
 //   - Launching before the kernel ahead has ended (programmatic dependent launch): about half a microsecond.
-// ptxas 13.0: 168 registers at launch in each of the 32 kernels, no spills; gathering with 56 for the producers
-// spilled. In all of these, 22 shapes, cuBLAS (13.0) gave the very same bits.
+// In all of these, 22 shapes, cuBLAS (13.0) gave the very same bits.
+// ptxas 13.0: 168 registers at launch in each of the 32 kernels, no spills; with 56 for the gathering threads it
+// spilled.
 #pragma once
 
 #include "gemm_sm90.h"
@@ -34,23 +35,26 @@ constexpr int64_t kFewestColumns = 64;          // a tile has that many
 constexpr int64_t kTilesPerSm = 4;              // fewer: filling and draining the pipeline is what is seen
 constexpr int64_t kBytesCacheKeeps = 32 << 20;  // of C; L2 has 50 or 60 MiB
 
-enum class TileSize { k128x64, k64x128, k128x128, k64x256 };
+struct TileSize {
+  int m, n;  // 128 x 64, 64 x 128, 128 x 128 or 64 x 256
+};
 
 inline TileSize tile_size(const HeadGemm& gemm) {
-  if (gemm.n <= 64) return TileSize::k128x64;
-  if (gemm.n > 128) return TileSize::k64x256;
+  if (gemm.n <= 64) return {128, 64};
+  if (gemm.n > 128) return {64, 256};
   // Most rows of C name no row of A: nearly all the work is storing zeros, and larger tiles have fewer steps.
-  return gemm.indices && gemm.a_rows < gemm.m ? TileSize::k128x128 : TileSize::k64x128;
+  return gemm.indices && gemm.a_rows < gemm.m ? TileSize{128, 128} : TileSize{64, 128};
 }
 
 inline bool prefers_sm90(const HeadGemm& gemm, int multiprocessors) {
   if (gemm.indices) return gemm.k <= kLongestGatheredHead;
+  const auto tile = tile_size(gemm);
+  const int64_t tiles = gemm.batch * ((gemm.m + tile.m - 1) / tile.m) * ((gemm.n + tile.n - 1) / tile.n);
   // Narrow tiles lose 1 % to cuBLAS where C is larger than L2 keeps, and win 16 % where it is not.
-  if (gemm.n <= 64 && 2 * gemm.m * gemm.n * gemm.batch > kBytesCacheKeeps) return false;
-  const bool is_64_by_256 = gemm.n > 128;
-  const int64_t rows = gemm.n <= 64 ? 128 : 64, columns = is_64_by_256 ? 256 : 128;
-  const int64_t tiles = gemm.batch * ((gemm.m + rows - 1) / rows) * ((gemm.n + columns - 1) / columns);
-  return gemm.k <= kLongestHead && gemm.n >= kFewestColumns && tiles >= kTilesPerSm * multiprocessors;
+  constexpr int64_t kElementSize = 2;
+  const bool is_narrow_and_large = tile.n == 64 && kElementSize * gemm.m * gemm.n * gemm.batch > kBytesCacheKeeps;
+  return gemm.k <= kLongestHead && gemm.n >= kFewestColumns && tiles >= kTilesPerSm * multiprocessors &&
+         !is_narrow_and_large;
 }
 
 }  // namespace mhmatmul::cuda::tuning

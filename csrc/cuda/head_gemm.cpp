@@ -72,12 +72,16 @@ Tensor as_rows(const Tensor& tensor) {
 
 }  // namespace
 
-Tensor gather(const Tensor& rows, const Tensor& indices) {
+void gather(const Tensor& rows, const Tensor& indices, const Tensor& to) {
   const Tensor from = as_rows(rows);
-  Tensor gathered = at::empty({indices.size(0), rows.size(1), rows.size(2)}, rows.options());
   gather_rows(from.const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0), rows.size(0),
-              from.size(1), from.element_size(), gathered.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
+              from.size(1), from.element_size(), to.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor gather(const Tensor& rows, const Tensor& indices) {
+  Tensor gathered = at::empty({indices.size(0), rows.size(1), rows.size(2)}, rows.options());
+  gather(rows, indices, gathered);
   return gathered;
 }
 

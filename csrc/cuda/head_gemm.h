@@ -19,7 +19,9 @@ void gather_forward(const Tensor& rows, const Tensor& weight, const Tensor& indi
 bool gather_forward_in_flight(const Tensor& rows, const Tensor& weight, const Tensor& indices,
                               const OptionalTensor& bias, const Tensor& output);
 
-// The rows that indices name, [t, nh, x]; zeros where one names none.
+// to[r] = rows[indices[r]], zeros where the index names no row: `to` [t, nh, x], contiguous.
+void gather(const Tensor& rows, const Tensor& indices, const Tensor& to);
+// The same, in a tensor of its own.
 Tensor gather(const Tensor& rows, const Tensor& indices);
 
 // A copy of rows [t, nh, x] with zeros where the index names none of m rows.

@@ -1,9 +1,8 @@
 // One kernel, one block per row.
 //
 // 1. The row is read, tile by tile, each thread the same few consecutive scores of every tile; a row of one tile stays
-// in
-//    registers as keys. Candidates (score >= top_p) are counted, and their lowest and highest key found. What the row
-//    keeps, min(candidates, k), is known from here on.
+//    in registers as keys. Candidates (score >= top_p) are counted, and their lowest and highest key found. What the
+//    row keeps, min(candidates, k), is known from here on.
 // 2. Packed form: one thread publishes that count and adds up those of the rows before (look-back over one word a row,
 //    rows in the order in which blocks start). Meanwhile the others go on.
 // 3. Only where candidates outnumber k: the k-th highest key is found digit by digit, from the highest bit in which
@@ -11,9 +10,8 @@
 //    copies, so that lanes with the same digit seldom meet. Counts are integers: the order of the atomics is of no
 //    matter.
 // 4. Positions are written in order. Invariant before each tile: `above` and `ties` count the keys over and equal to
-// the
-//    rule's in the tiles before. One block-wide exclusive sum of both,
-//    packed in one word, gives every kept score its place, and the first ties win.
+//    the rule's in the tiles before. One block-wide exclusive sum of both, packed in one word, gives every kept score
+//    its place, and the first ties win.
 #include "select.h"
 
 #include <cub/block/block_reduce.cuh>
