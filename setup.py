@@ -76,11 +76,12 @@ def nvidia_folders(kind: str) -> list[str]:
     return sorted(str(p) for p in (Path(torch.__file__).parents[1] / "nvidia").glob(f"*/{kind}") if p.is_dir())
 
 
-def cublas_link(cuda_home: str) -> tuple[str, str]:
+def cublas_link(cuda_home: str) -> list[str]:
     """Linker arguments for cuBLAS of the toolkit, or of torch's packages, which carry no unversioned libcublas.so."""
     for folder in (f"{cuda_home}/lib64", f"{cuda_home}/lib", *nvidia_folders("lib")):
-        for library in sorted(Path(folder).glob("libcublas.so*")):
-            return f"-L{folder}", f"-l:{library.name}"
+        found = [sorted(Path(folder).glob(f"{name}.so*")) for name in ("libcublas", "libcublasLt")]
+        if all(found):
+            return [f"-L{folder}", *(f"-l:{libraries[0].name}" for libraries in found)]
     raise SystemExit("cuBLAS was found neither in the CUDA toolkit nor in torch's nvidia packages")
 
 

@@ -190,6 +190,7 @@ def record(
 def bench(options: argparse.Namespace) -> None:
     """Measure, print, write."""
     findings = Findings([], [])
+    torch.backends.cudnn.benchmark = True  # ours may time cuBLAS's algorithms
     with torch.cuda.stream(torch.cuda.Stream()):  # graphs cannot be captured on the default one
         rates = measure_rates(options.dtype, effort(options).mm_size)
         torch.cuda.empty_cache()

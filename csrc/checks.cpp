@@ -223,6 +223,18 @@ HeadSizes check_importance_matmul(std::string_view op, const Tensor& input, cons
   return check_multi_head_matmul(op, input, weight, num_heads);
 }
 
+void check_importance_head_matmul(std::string_view op, const Tensor& input, const Tensor& weight, const Tensor& probs,
+                                  std::optional<double> top_p_value, const OptionalTensor& top_p,
+                                  const std::optional<SymInt>& top_k) {
+  TORCH_CHECK_VALUE(top_p_value.has_value() != top_p.has_value(), op,
+                    ": the threshold must be a number or a tensor, got ", top_p ? "both" : "neither");
+  check_select(op, probs, top_p_value, top_p, top_k);
+  check_operand_dtype(op, "input", input);
+  check_device_of(op, "probs", probs, "input", input);
+  check_shape(op, "input", input, {{"b * s", probs.sym_size(0) * probs.sym_size(1)}, {"nh"}, {"hd"}});
+  check_head_matmul(op, input, weight, std::nullopt);
+}
+
 void check_importance_grad(std::string_view op, const Tensor& grad_output, const Tensor& input, bool is_static,
                            const HeadSizes& sizes, c10::SymIntArrayRef rows) {
   check_beside(op, "grad_output", grad_output, "input", input);
@@ -258,6 +270,11 @@ TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {
                              const OptionalTensor& top_p, std::optional<SymInt> top_k, std::optional<SymInt> capacity) {
     check_select(op, probs, top_p_value, top_p, top_k, capacity);
   });
+  m.impl("_check_importance_head_matmul",
+         [](std::string_view op, const Tensor& input, const Tensor& weight, const Tensor& probs,
+            std::optional<double> top_p_value, const OptionalTensor& top_p, std::optional<SymInt> top_k) {
+           check_importance_head_matmul(op, input, weight, probs, top_p_value, top_p, top_k);
+         });
 }
 
 }  // namespace mhmatmul

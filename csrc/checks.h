@@ -38,6 +38,12 @@ void check_select(std::string_view op, const Tensor& probs, std::optional<double
 HeadSizes check_importance_matmul(std::string_view op, const Tensor& input, const Tensor& weight, const Tensor& probs,
                                   const SymInt& num_heads);
 
+// The same with heads apart: input [b * s, nh, hd], weight [nh, hd, e], probs [b, s]; and the selection's arguments, of
+// which one gives the threshold.
+void check_importance_head_matmul(std::string_view op, const Tensor& input, const Tensor& weight, const Tensor& probs,
+                                  std::optional<double> top_p_value, const OptionalTensor& top_p,
+                                  const std::optional<SymInt>& top_k);
+
 // grad_output [t, nh, e], or [b, c, nh, e] with the static selection; `rows` are its sizes before the last
 // two, empty as long as they are not known.
 void check_importance_grad(std::string_view op, const Tensor& grad_output, const Tensor& input, bool is_static,

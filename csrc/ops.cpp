@@ -71,6 +71,14 @@ TORCH_LIBRARY(mhmatmul, m) {
       "(Tensor grad_input, Tensor grad_weight)",
       tags);
 
+  // Selection and _gather_distinct_head_matmul of what it keeps, as one operator, so that the product need not wait
+  // until the host knows how many are kept: [b * s, nh, hd], [nh, hd, e], [b, s] -> [t, nh, e] and the selection. The
+  // threshold is a number or a 0-d tensor.
+  m.def(
+      "_importance_head_matmul(Tensor input, Tensor weight, Tensor probs, float? top_p_value, Tensor? top_p, "
+      "SymInt? top_k) -> (Tensor output, Tensor indices, Tensor cu_seqlens)",
+      data_dependent);
+
   // multi_head_matmul of the selected tokens: [b, s, h], [h, e], [b, s] -> [t, nh, e] and the selection.
   m.def(
       "importance_matmul(Tensor input, Tensor weight, Tensor probs, SymInt num_heads, float top_p=1.0, "
@@ -104,6 +112,10 @@ TORCH_LIBRARY(mhmatmul, m) {
   m.def(
       "_check_select(str op, Tensor probs, float? top_p_value, Tensor? top_p, SymInt? top_k, "
       "SymInt? capacity=None) -> ()",
+      tags);
+  m.def(
+      "_check_importance_head_matmul(str op, Tensor input, Tensor weight, Tensor probs, float? top_p_value, "
+      "Tensor? top_p, SymInt? top_k) -> ()",
       tags);
 }
 
@@ -193,6 +205,13 @@ std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output
                                                        const Tensor& weight, const Tensor& indices, bool distinct) {
   static const auto op = typed<decltype(gather_head_matmul_backward)>("mhmatmul::_gather_head_matmul_backward");
   return op.call(grad_output, input, weight, indices, distinct);
+}
+
+std::tuple<Tensor, Tensor, Tensor> importance_head_matmul(const Tensor& input, const Tensor& weight,
+                                                          const Tensor& probs, std::optional<double> top_p_value,
+                                                          const OptionalTensor& top_p, std::optional<SymInt> top_k) {
+  static const auto op = typed<decltype(importance_head_matmul)>("mhmatmul::_importance_head_matmul");
+  return op.call(input, weight, probs, top_p_value, top_p, std::move(top_k));
 }
 
 std::tuple<Tensor, Tensor, Tensor> importance_matmul(const Tensor& input, const Tensor& weight, const Tensor& probs,

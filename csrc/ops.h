@@ -38,6 +38,9 @@ Tensor gather_head_matmul_wgrad(const Tensor& grad_output, const Tensor& input, 
 std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output, const Tensor& input,
                                                        const Tensor& weight, const Tensor& indices, bool distinct);
 
+std::tuple<Tensor, Tensor, Tensor> importance_head_matmul(const Tensor& input, const Tensor& weight,
+                                                          const Tensor& probs, std::optional<double> top_p_value,
+                                                          const OptionalTensor& top_p, std::optional<SymInt> top_k);
 std::tuple<Tensor, Tensor, Tensor> importance_matmul(const Tensor& input, const Tensor& weight, const Tensor& probs,
                                                      SymInt num_heads, double top_p, std::optional<SymInt> top_k);
 std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor(const Tensor& input, const Tensor& weight,

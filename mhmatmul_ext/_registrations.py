@@ -91,6 +91,15 @@ def _(probs: Tensor, top_p: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
     return _new_selection(probs)
 
 
+@_fake("_importance_head_matmul")
+def _(
+    input: Tensor, weight: Tensor, probs: Tensor, top_p_value: float | None, top_p: Tensor | None, top_k: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _ops._check_importance_head_matmul("matmul_with_importance", input, weight, probs, top_p_value, top_p, top_k)
+    indices, cu_seqlens = _new_selection(probs)
+    return input.new_empty((indices.shape[0], weight.shape[0], weight.shape[2])), indices, cu_seqlens
+
+
 @_fake("select_important_static")
 def _(probs: Tensor, top_p: Tensor, top_k: int | None, capacity: int) -> tuple[Tensor, Tensor]:
     _ops._check_select("select_important", probs, None, top_p, top_k, capacity)

@@ -17,7 +17,18 @@ TESTS = Path(__file__).parent
 # The heart of each family, at sizes that a tool slowing a kernel a hundred times can take. Left out: what profiles (a
 # sanitizer is a profiler itself), compiles, captures, or is large for its own sake.
 FILES = ("test_selection.py", "test_importance.py", "test_cuda.py")
-LEFT_OUT = ("dense", "bits", "which_kernel", "more_elements", "graph", "capture", "compile", "many_rows", "every_bit")
+LEFT_OUT = (
+    "dense",
+    "bits",
+    "which_kernel",
+    "waits_once",
+    "more_elements",
+    "graph",
+    "capture",
+    "compile",
+    "many_rows",
+    "every_bit",
+)
 TOOLS = {
     "memcheck": ("--leak-check", "no"),
     "racecheck": (),

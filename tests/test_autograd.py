@@ -233,6 +233,9 @@ OPCHECKED = {
     "select_important": lambda d, g: (torch.rand(2, 5, device=d), 0.5, 3),
     "_select_important_tensor": lambda d, g: (torch.rand(2, 5, device=d), torch.tensor(0.5, device=d), 3),
     "select_important_static": lambda d, g: (torch.rand(2, 5, device=d), torch.tensor(0.5, device=d), 3, 2),
+    "_importance_head_matmul": lambda d, g: (
+        *ops_args(d, g, (10, 2, 4), (2, 4, 3)), torch.rand(2, 5, device=d), None, torch.tensor(0.5, device=d), 3,
+    ),
     "importance_matmul": lambda d, g: (*ops_args(d, g, (2, 5, 8), (8, 3)), torch.rand(2, 5, device=d), 2, 0.5, 3),
 }  # fmt: skip
 

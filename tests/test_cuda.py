@@ -131,6 +131,49 @@ def test_bits_of_a_row(size, dtype):
     assert torch.equal(ops.head_matmul(input, weight), whole), "repeated"
 
 
+@pytest.mark.parametrize("top_k", [None, 100])
+@pytest.mark.parametrize("top_p", [0.0, 0.9, 0.9999, 1.0])
+@halves
+def test_product_before_the_count_is_known(top_p, top_k, dtype):
+    """The rows that are there, in memory of about their size, whatever share of the places they take."""
+    b, s, nh, hd, e = 5, 1000, 8, 128, 128
+    input = torch.randn(b, s, nh * hd, device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.randn(nh * hd, e, device="cuda", dtype=dtype)
+    probs = torch.rand(b, s, device="cuda").clamp(max=0.99999)
+    indices, cu_seqlens = select_important(probs, top_p, top_k)
+    assert top_p < 1 or not len(indices)
+
+    output, found, found_cu_seqlens = ops.importance_matmul(input, weight, probs, nh, top_p, top_k)
+    assert torch.equal(found, indices)
+    assert torch.equal(found_cu_seqlens, cu_seqlens)
+    rows, heads = input.detach().view(b * s, nh, hd), weight.view(nh, hd, e)
+    assert torch.equal(output, ops.gather_head_matmul(rows, heads, indices))
+    assert output.untyped_storage().nbytes() <= 2 * output.nbytes + (1 << 20)
+
+    grad_output = torch.randn_like(output)
+    (grad_input,) = torch.autograd.grad(output, input, grad_output)
+    assert torch.equal(
+        grad_input.view_as(rows), ops._gather_head_matmul_dgrad(grad_output, heads, indices, b * s, True)
+    )
+
+
+@halves
+def test_the_host_waits_once_and_last(dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("elsewhere the product waits for the count")
+    input = torch.randn(4, 1000, 1024, device="cuda", dtype=dtype)
+    weight, probs = torch.randn(1024, 128, device="cuda", dtype=dtype), torch.rand(4, 1000, device="cuda")
+    ops.importance_matmul(input, weight, probs, 8, 0.5, 400)
+    with torch.profiler.profile() as profile:
+        ops.importance_matmul(input, weight, probs, 8, 0.5, 400)
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    names = [event.name for event in events]
+    assert any("head_gemm" in name for name in names)
+    assert not any("Memcpy" in name or "StreamSynchronize" in name for name in names), names
+    launches = [i for i, name in enumerate(names) if name.startswith("cudaLaunch")]
+    assert launches[-1] < names.index("cudaEventSynchronize"), names
+
+
 @pytest.mark.parametrize("capacity", [None, 100])
 @halves
 def test_gradients_of_the_selected(capacity, dtype):

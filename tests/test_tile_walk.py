@@ -26,10 +26,10 @@ def library(tmp_path_factory):
     return library
 
 
-def tiles_of(library, cut, block):
+def tiles_of(library, cut, given, block):
     capacity = cut[0] * cut[1] * cut[2] + 1
     out = (ctypes.c_int64 * (5 * capacity))()
-    count = library.tiles_of(*cut, block, ctypes.c_int64(capacity), out)
+    count = library.tiles_of(*cut, given, block, ctypes.c_int64(capacity), out)
     return [tuple(out[5 * i : 5 * i + 5]) for i in range(count)]
 
 
@@ -39,17 +39,21 @@ def tiles_of(library, cut, block):
     m_blocks=st.integers(1, 20),
     n_blocks=st.integers(1, 9),
     multiprocessors=st.integers(1, 140),
+    left_out=st.integers(0, 20),
 )
-@example(heads=128, m_blocks=16, n_blocks=2, multiprocessors=132)
-@example(heads=1, m_blocks=1, n_blocks=200, multiprocessors=132)
-@example(heads=133, m_blocks=1, n_blocks=1, multiprocessors=132)
-def test_walk(library, heads, m_blocks, n_blocks, multiprocessors):
+@example(heads=128, m_blocks=16, n_blocks=2, multiprocessors=132, left_out=0)
+@example(heads=1, m_blocks=1, n_blocks=200, multiprocessors=132, left_out=0)
+@example(heads=133, m_blocks=1, n_blocks=1, multiprocessors=132, left_out=0)
+@example(heads=32, m_blocks=128, n_blocks=1, multiprocessors=132, left_out=127)
+@example(heads=3, m_blocks=4, n_blocks=2, multiprocessors=132, left_out=4)
+def test_walk(library, heads, m_blocks, n_blocks, multiprocessors, left_out):
     cut = (heads, m_blocks, n_blocks, multiprocessors)
+    given = max(0, m_blocks - left_out)  # what the device finds, of the most that the host expects
     blocks = library.blocks_of(*cut)
     assert 1 <= blocks <= max(multiprocessors, 1)
     seen = []
     for block in range(blocks):
-        tiles = tiles_of(library, cut, block)
+        tiles = tiles_of(library, cut, given, block)
         seen += [tile[:3] for tile in tiles]
         for _, same in groupby(tiles, key=lambda tile: tile[:2]):
             group = list(same)
@@ -57,4 +61,4 @@ def test_walk(library, heads, m_blocks, n_blocks, multiprocessors):
             assert rows == list(range(rows[0], rows[0] + len(group))), "a group goes down its rows"
             assert [tile[3] for tile in group] == [1] + [0] * (len(group) - 1), "one first"
             assert [tile[4] for tile in group] == list(range(len(group)))[::-1], "left in the group"
-    assert sorted(seen) == sorted(product(range(n_blocks), range(heads), range(m_blocks))), "every tile once"
+    assert sorted(seen) == sorted(product(range(n_blocks), range(heads), range(given))), "every tile once"

@@ -13,16 +13,17 @@ extern "C" int64_t blocks_of(int heads, int m_blocks, int n_blocks, int multipro
   return int64_t{cut.lanes} * cut.teams;
 }
 
-// Writes at most `capacity` tiles as (n_block, head, m_block, is first of its group, left in its group); how many.
-extern "C" int64_t tiles_of(int heads, int m_blocks, int n_blocks, int multiprocessors, int block, int64_t capacity,
-                            int64_t* tiles) {
+// Of a walk over the first `given` blocks of rows, writes at most `capacity` tiles as (n_block, head, m_block, is first
+// of its group, left in its group); how many.
+extern "C" int64_t tiles_of(int heads, int m_blocks, int n_blocks, int multiprocessors, int given, int block,
+                            int64_t capacity, int64_t* tiles) {
   Cut cut{};
   cut.heads = heads;
   cut.m_blocks = m_blocks;
   cut.n_blocks = n_blocks;
   share_out(cut, multiprocessors);
   int64_t count = 0;
-  for (Walk walk(cut, block); !walk.at_end() && count < capacity; walk.next(), ++count) {
+  for (Walk walk(cut, given, block); !walk.at_end() && count < capacity; walk.next(), ++count) {
     int64_t* const tile = tiles + 5 * count;
     tile[0] = walk.n_block;
     tile[1] = walk.head;

@@ -46,6 +46,16 @@ Tensor gather_distinct_head_matmul_autocast(const Tensor& input, const Tensor& w
 }
 
 template <c10::DeviceType device>
+std::tuple<Tensor, Tensor, Tensor> importance_head_matmul_autocast(const Tensor& input, const Tensor& weight,
+                                                                   const Tensor& probs,
+                                                                   std::optional<double> top_p_value,
+                                                                   const OptionalTensor& top_p,
+                                                                   std::optional<SymInt> top_k) {
+  return Below<importance_head_matmul>::call(cast<device>(input), cast<device>(weight), probs, top_p_value, top_p,
+                                             std::move(top_k));
+}
+
+template <c10::DeviceType device>
 Tensor multi_head_matmul_autocast(const Tensor& input, const Tensor& weight, SymInt num_heads) {
   return Below<multi_head_matmul>::call(cast<device>(input), cast<device>(weight), std::move(num_heads));
 }
@@ -91,6 +101,7 @@ void register_autocast(torch::Library& m) {
   m.impl("head_matmul", head_matmul_autocast<device>);
   m.impl("gather_head_matmul", gather_head_matmul_autocast<device>);
   m.impl("_gather_distinct_head_matmul", gather_distinct_head_matmul_autocast<device>);
+  m.impl("_importance_head_matmul", importance_head_matmul_autocast<device>);
   m.impl("multi_head_matmul", multi_head_matmul_autocast<device>);
   m.impl("_multi_head_matmul_bias", multi_head_matmul_bias_autocast<device>);
   m.impl("importance_matmul", importance_matmul_autocast<device>);

@@ -53,6 +53,14 @@ Tensor gather_distinct_head_matmul(const Tensor& input, const Tensor& weight, co
   return gather_head_matmul(input, weight, indices, std::nullopt);
 }
 
+std::tuple<Tensor, Tensor, Tensor> importance_head_matmul(const Tensor& input, const Tensor& weight,
+                                                          const Tensor& probs, std::optional<double> top_p_value,
+                                                          const OptionalTensor& top_p, std::optional<SymInt> top_k) {
+  const auto [indices, cu_seqlens] = top_p ? select_important_tensor(probs, *top_p, std::move(top_k))
+                                           : select_important(probs, top_p_value.value(), std::move(top_k));
+  return {gather_distinct_head_matmul(input, weight, indices), indices, cu_seqlens};
+}
+
 Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m,
                                 bool distinct) {
   const Tensor rows = head_matmul(grad_output.masked_fill(is_padding(indices), 0), weight.transpose(1, 2), std::nullopt)

@@ -15,6 +15,9 @@ Tensor head_matmul_wgrad(const Tensor& grad_output, const Tensor& input);
 std::tuple<Tensor, Tensor> head_matmul_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight);
 Tensor gather_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias);
 Tensor gather_distinct_head_matmul(const Tensor& input, const Tensor& weight, const Tensor& indices);
+std::tuple<Tensor, Tensor, Tensor> importance_head_matmul(const Tensor& input, const Tensor& weight,
+                                                          const Tensor& probs, std::optional<double> top_p_value,
+                                                          const OptionalTensor& top_p, std::optional<SymInt> top_k);
 Tensor gather_head_matmul_dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, SymInt m,
                                 bool distinct);
 Tensor gather_head_matmul_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& indices);

@@ -23,6 +23,18 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
+// The gradients of input and weight that are asked for.
+std::tuple<Tensor, Tensor> gradients(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
+                                     const Tensor& weight, const Tensor& indices, bool distinct) {
+  const bool of_input = ctx->needs_input_grad(0), of_weight = ctx->needs_input_grad(1);
+  if (of_input && of_weight) return gather_head_matmul_backward(grad_output, input, weight, indices, distinct);
+  if (of_input)
+    return {gather_head_matmul_dgrad(grad_output, weight, indices, ctx->saved_data["m"].toSymInt(), distinct),
+            Tensor()};
+  if (of_weight) return {Tensor(), gather_head_matmul_wgrad(grad_output, input, indices)};
+  return {};
+}
+
 struct GatherHeadMatmul : Function<GatherHeadMatmul> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& indices,
                         const OptionalTensor& bias, bool distinct) {
@@ -37,19 +49,33 @@ struct GatherHeadMatmul : Function<GatherHeadMatmul> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Tensor& grad_output = grads[0];
     const auto saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &weight = saved[1], &indices = saved[2];
-    const bool distinct = ctx->saved_data["distinct"].toBool();
-    Tensor grad_input, grad_weight, grad_bias;
-    if (ctx->needs_input_grad(0) && ctx->needs_input_grad(1)) {
-      std::tie(grad_input, grad_weight) = gather_head_matmul_backward(grad_output, input, weight, indices, distinct);
-    } else if (ctx->needs_input_grad(0)) {
-      grad_input = gather_head_matmul_dgrad(grad_output, weight, indices, ctx->saved_data["m"].toSymInt(), distinct);
-    } else if (ctx->needs_input_grad(1)) {
-      grad_weight = gather_head_matmul_wgrad(grad_output, input, indices);
-    }
+    const Tensor& indices = saved[2];
+    const auto [grad_input, grad_weight] =
+        gradients(ctx, grad_output, saved[0], saved[1], indices, ctx->saved_data["distinct"].toBool());
+    Tensor grad_bias;
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3))
       grad_bias = grad_output.masked_fill(indices.lt(0).unsqueeze(-1).unsqueeze(-1), 0).sum(0);
     return {grad_input, grad_weight, Tensor(), grad_bias, Tensor()};
+  }
+};
+
+// y, i = _importance_head_matmul(x, W, probs, ...): G with the indices that it found itself.
+struct ImportanceHeadMatmul : Function<ImportanceHeadMatmul> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& probs,
+                               std::optional<double> top_p_value, const OptionalTensor& top_p,
+                               const std::optional<SymInt>& top_k) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, indices, cu_seqlens] = importance_head_matmul(input, weight, probs, top_p_value, top_p, top_k);
+    ctx->save_for_backward({kept_if(weight.requires_grad(), input), kept_if(input.requires_grad(), weight), indices});
+    ctx->saved_data["m"] = input.sym_size(0);
+    ctx->mark_non_differentiable({indices, cu_seqlens});
+    return {output, indices, cu_seqlens};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto [grad_input, grad_weight] = gradients(ctx, grads[0], saved[0], saved[1], saved[2], /*distinct=*/true);
+    return {grad_input, grad_weight, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -109,6 +135,21 @@ Tensor gather_distinct_head_matmul_autograd(const Tensor& input, const Tensor& w
   return gather_head_matmul(input, weight, indices, std::nullopt);
 }
 
+std::tuple<Tensor, Tensor, Tensor> importance_head_matmul_autograd(const Tensor& input, const Tensor& weight,
+                                                                   const Tensor& probs,
+                                                                   std::optional<double> top_p_value,
+                                                                   const OptionalTensor& top_p,
+                                                                   std::optional<SymInt> top_k) {
+  if (formulas::needed(input, weight))
+    return formulas::importance_head_matmul(input, weight, probs, top_p_value, top_p, std::move(top_k));
+  if (formulas::recorded(input, weight)) {
+    const auto results = ImportanceHeadMatmul::apply(input, weight, probs, top_p_value, top_p, top_k);
+    return {results[0], results[1], results[2]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return importance_head_matmul(input, weight, probs, top_p_value, top_p, std::move(top_k));
+}
+
 Tensor gather_head_matmul_dgrad_autograd(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
                                          SymInt m, bool distinct) {
   if (formulas::needed(grad_output, weight))
@@ -143,6 +184,7 @@ std::tuple<Tensor, Tensor> gather_head_matmul_backward_autograd(const Tensor& gr
 TORCH_LIBRARY_IMPL(mhmatmul, Autograd, m) {
   m.impl("gather_head_matmul", gather_head_matmul_autograd);
   m.impl("_gather_distinct_head_matmul", gather_distinct_head_matmul_autograd);
+  m.impl("_importance_head_matmul", importance_head_matmul_autograd);
   m.impl("_gather_head_matmul_dgrad", gather_head_matmul_dgrad_autograd);
   m.impl("_gather_head_matmul_wgrad", gather_head_matmul_wgrad_autograd);
   m.impl("_gather_head_matmul_backward", gather_head_matmul_backward_autograd);
@@ -151,6 +193,7 @@ TORCH_LIBRARY_IMPL(mhmatmul, Autograd, m) {
 TORCH_LIBRARY_IMPL(mhmatmul, FuncTorchBatched, m) {
   m.impl("gather_head_matmul", formulas::gather_head_matmul);
   m.impl("_gather_distinct_head_matmul", formulas::gather_distinct_head_matmul);
+  m.impl("_importance_head_matmul", formulas::importance_head_matmul);
   m.impl("_gather_head_matmul_dgrad", formulas::gather_head_matmul_dgrad);
   m.impl("_gather_head_matmul_wgrad", formulas::gather_head_matmul_wgrad);
   m.impl("_gather_head_matmul_backward", formulas::gather_head_matmul_backward);

@@ -15,10 +15,13 @@ Tensor rows_of(const Tensor& input, const HeadSizes& sizes) {
   return input.reshape_symint({input.sym_size(0) * input.sym_size(1), sizes.nh, sizes.hd});
 }
 
-std::tuple<Tensor, Tensor> select(const Tensor& probs, const Tensor& top_p, const std::optional<SymInt>& top_k,
-                                  const std::optional<SymInt>& capacity) {
-  return capacity ? select_important_static(probs, top_p, top_k, *capacity)
-                  : select_important_tensor(probs, top_p, top_k);
+// The product [t, nh, e], or [b * capacity, nh, e], and the selection.
+std::tuple<Tensor, Tensor, Tensor> multiply_selected(const Tensor& rows, const Tensor& heads, const Tensor& probs,
+                                                     const Tensor& top_p, const std::optional<SymInt>& top_k,
+                                                     const std::optional<SymInt>& capacity) {
+  if (!capacity) return importance_head_matmul(rows, heads, probs, std::nullopt, top_p, top_k);
+  const auto [indices, counts] = select_important_static(probs, top_p, top_k, *capacity);
+  return {gather_distinct_head_matmul(rows, heads, indices.reshape({-1})), indices, counts};
 }
 
 std::tuple<Tensor, Tensor, Tensor> importance_matmul_composite(const Tensor& input, const Tensor& weight,
@@ -26,9 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> importance_matmul_composite(const Tensor& inp
                                                                std::optional<SymInt> top_k) {
   const auto sizes = check_importance_matmul(kName, input, weight, probs, num_heads);
   check_select(kName, probs, top_p, std::nullopt, top_k);
-  const auto [indices, cu_seqlens] = select_important(probs, top_p, top_k);
-  return {gather_distinct_head_matmul(rows_of(input, sizes), split_weight(weight, sizes), indices), indices,
-          cu_seqlens};
+  return importance_head_matmul(rows_of(input, sizes), split_weight(weight, sizes), probs, top_p, std::nullopt, top_k);
 }
 
 std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor_composite(const Tensor& input, const Tensor& weight,
@@ -37,9 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor_composite(const Tens
                                                                       std::optional<SymInt> capacity) {
   const auto sizes = check_importance_matmul(kName, input, weight, probs, num_heads);
   check_select(kName, probs, std::nullopt, top_p, top_k, capacity);
-  const auto [indices, offsets] = select(probs, top_p, top_k, capacity);
-  Tensor output =
-      gather_distinct_head_matmul(rows_of(input, sizes), split_weight(weight, sizes), indices.reshape({-1}));
+  auto [output, indices, offsets] =
+      multiply_selected(rows_of(input, sizes), split_weight(weight, sizes), probs, top_p, top_k, capacity);
   if (capacity) output = output.unflatten_symint(0, {input.sym_size(0), *capacity});
   return {output, indices, offsets};
 }
@@ -54,12 +54,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> importance_matmul_grads_composite(
   check_importance_grad(kName, grad_output, input, capacity.has_value(), sizes, {});
 
   at::NoGradGuard no_grad;
-  const auto indices = std::get<0>(select(probs, top_p, top_k, capacity));
+  const Tensor rows = rows_of(input, sizes), heads = split_weight(weight, sizes);
+  auto [output, indices, offsets] = multiply_selected(rows, heads, probs, top_p, top_k, capacity);
   check_importance_grad(kName, grad_output, input, capacity.has_value(), sizes, indices.sym_sizes());
 
-  const Tensor rows = rows_of(input, sizes), heads = split_weight(weight, sizes);
   const Tensor flat_indices = indices.reshape({-1});
-  Tensor output = gather_head_matmul(rows, heads, flat_indices, std::nullopt);
   auto [grad_input, grad_weight] = gather_head_matmul_backward(
       grad_output.reshape_symint({flat_indices.sym_size(0), sizes.nh, sizes.e}), rows, heads, flat_indices,
       /*distinct=*/true);
@@ -69,6 +68,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> importance_matmul_grads_composite(
 
 Tensor gather_distinct_head_matmul_composite(const Tensor& input, const Tensor& weight, const Tensor& indices) {
   return gather_head_matmul(input, weight, indices, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor> importance_head_matmul_composite(const Tensor& input, const Tensor& weight,
+                                                                    const Tensor& probs,
+                                                                    std::optional<double> top_p_value,
+                                                                    const OptionalTensor& top_p,
+                                                                    std::optional<SymInt> top_k) {
+  check_importance_head_matmul(kName, input, weight, probs, top_p_value, top_p, top_k);
+  const auto [indices, cu_seqlens] =
+      top_p ? select_important_tensor(probs, *top_p, top_k) : select_important(probs, *top_p_value, top_k);
+  return {gather_distinct_head_matmul(input, weight, indices), indices, cu_seqlens};
 }
 
 Tensor threshold(std::string_view op, const Tensor& probs, double top_p) {
@@ -88,9 +98,10 @@ TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {
   m.impl("_threshold", threshold);
 }
 
-// Its backward differs (autograd/gather_head_matmul.cpp); here it is the same product.
+// Their backward differs (autograd/gather_head_matmul.cpp); here they are the same product.
 TORCH_LIBRARY_IMPL(mhmatmul, CompositeExplicitAutograd, m) {
   m.impl("_gather_distinct_head_matmul", gather_distinct_head_matmul_composite);
+  m.impl("_importance_head_matmul", importance_head_matmul_composite);
 }
 
 }  // namespace mhmatmul

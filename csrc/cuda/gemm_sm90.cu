@@ -100,6 +100,7 @@ void launch(const HeadGemm& gemm, cudaStream_t stream) {
   params.a_stride = gemm.a_stride;
   params.a_batch_stride = gemm.a_batch_stride;
   params.a_rows = gemm.a_rows;
+  params.rows_given = gemm.rows_given;
   params.bias = gemm.bias;
   params.bias_batch_stride = gemm.bias_batch_stride;
   params.m = static_cast<int>(gemm.m);
@@ -161,12 +162,19 @@ bool is_walkable(const void* data, int64_t outer, int64_t outer_stride, int64_t 
   return reinterpret_cast<uintptr_t>(data) % kAlignment == 0 && fits(outer, outer_stride) && fits(batch, batch_stride);
 }
 
+bool runs_here() {
+#ifdef MHMATMUL_BUILT_FOR_SM90A
+  return attribute_of_device(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         attribute_of_device(cudaDevAttrComputeCapabilityMinor) == 0;
+#else
+  return false;  // the machine code that such a device would run is of an architecture without these instructions
+#endif
+}
+
 }  // namespace
 
 bool takes_sm90(const HeadGemm& gemm) {
-#ifndef MHMATMUL_BUILT_FOR_SM90A
-  return false;  // the machine code that such a device would run is of an architecture without these instructions
-#endif
+  if (!runs_here()) return false;
   constexpr int64_t kLargest = INT32_MAX - 256;  // a tile's end is an int, too
   for (const int64_t size : {gemm.m, gemm.n, gemm.k, gemm.batch, gemm.a_rows})
     if (size < 1 || size > kLargest) return false;
@@ -175,9 +183,7 @@ bool takes_sm90(const HeadGemm& gemm) {
   if (!is_walkable(gemm.c, gemm.m, gemm.c_stride, gemm.batch, gemm.c_batch_stride)) return false;
   const int64_t b_outer = gemm.b.transposed ? gemm.n : gemm.k;
   if (!is_walkable(gemm.b.data, b_outer, gemm.b.ld, gemm.batch, gemm.b.batch_stride)) return false;
-  return attribute_of_device(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         attribute_of_device(cudaDevAttrComputeCapabilityMinor) == 0 &&
-         tuning::prefers_sm90(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  return tuning::prefers_sm90(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
 }
 
 void run_sm90(const HeadGemm& gemm, cudaStream_t stream) {

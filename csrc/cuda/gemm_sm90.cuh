@@ -51,6 +51,7 @@ struct Params {
   const void* rows;  // A, when gathered
   const int64_t* indices;
   int64_t a_stride, a_batch_stride, a_rows;
+  const int32_t* rows_given;  // null, or how many of the m rows are there
   const void* bias;
   int64_t bias_batch_stride;
   int m, n, k;
@@ -64,6 +65,12 @@ struct Barriers {
 };
 template <class Tile>
 constexpr int kFixedBytes = 2 * Tile::kCBytes + static_cast<int>(sizeof(Barriers)) + kSharedAlignment;
+
+// How many tiles, one below the other, have m rows.
+template <class Tile>
+__device__ int blocks_of(int m) {
+  return m / Tile::kM + (m % Tile::kM != 0);
+}
 
 // A place in a ring of `size` stages and the parity of its round.
 struct Place {
@@ -111,12 +118,12 @@ struct GatheredRows {
   __device__ static int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
   __device__ static int first_row() { return static_cast<int>(threadIdx.x) / kPieces; }
 
-  __device__ void read(const Params& params, const Walk& walk) {
+  __device__ void read(const Params& params, int m, const Walk& walk) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = walk.m_block * Tile::kM + first_row() + i * kStep;
       next[i] = -1;
-      if (!walk.at_end() && row < params.m) next[i] = params.indices[row];
+      if (!walk.at_end() && row < m) next[i] = params.indices[row];
     }
   }
 
@@ -144,20 +151,21 @@ struct GatheredRows {
 };
 
 template <class Tile>
-__device__ void produce(const Params& params, Barriers& barriers, unsigned char* a_stages, unsigned char* b_stages) {
+__device__ void produce(const Params& params, int m, Barriers& barriers, unsigned char* a_stages,
+                        unsigned char* b_stages) {
   const Cut& cut = params.cut;
   const bool leads = threadIdx.x == 0;
   Place a, b;
-  Walk walk(cut, static_cast<int>(blockIdx.x));
+  Walk walk(cut, blocks_of<Tile>(m), static_cast<int>(blockIdx.x));
   [[maybe_unused]] GatheredRows<Tile> rows;
-  if constexpr (Tile::kGathers) rows.read(params, walk);
+  if constexpr (Tile::kGathers) rows.read(params, m, walk);
   while (!walk.at_end()) {
     const int head = walk.head, m_block = walk.m_block, n_block = walk.n_block;
     const bool brings_b = !cut.b_stays || walk.is_first_of_group();
     walk.next();
     if constexpr (Tile::kGathers) {
       rows.turn_to(params, head);
-      rows.read(params, walk);  // on their way while this tile is copied
+      rows.read(params, m, walk);  // on their way while this tile is copied
     }
     for (int k_block = 0; k_block < cut.k_blocks; ++k_block) {
       if (brings_b && leads) {
@@ -209,12 +217,12 @@ struct SummedRows {
     return i / 2 * 64 + warp * 16 + i % 2 * 8 + lane / 4;
   }
 
-  __device__ void read(const Params& params, int m_block) {
+  __device__ void read(const Params& params, int m, int m_block) {
     if constexpr (!Tile::kGathers) return;
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {
       index[i] = -1;
-      if (m_block * Tile::kM + row(i) < params.m) index[i] = params.indices[m_block * Tile::kM + row(i)];
+      if (m_block * Tile::kM + row(i) < m) index[i] = params.indices[m_block * Tile::kM + row(i)];
     }
   }
 
@@ -266,8 +274,8 @@ __device__ void round_into(unsigned char* to, const Sums& sums) {
 }
 
 template <class Tile>
-__device__ void consume(const Params& params, Barriers& barriers, unsigned char* a_stages, unsigned char* b_stages,
-                        unsigned char* c_tiles) {
+__device__ void consume(const Params& params, int m, Barriers& barriers, unsigned char* a_stages,
+                        unsigned char* b_stages, unsigned char* c_tiles) {
   using namespace cute;
   using Element = typename Tile::Element;
   constexpr auto kB = Tile::kTransposed ? GMMA::Major::K : GMMA::Major::MN;
@@ -305,12 +313,12 @@ __device__ void consume(const Params& params, Barriers& barriers, unsigned char*
   if (group == 1) end_turn();  // the first turn is warpgroup 0's
   Place a, b;
   int turn = 0;
-  for (Walk walk(cut, static_cast<int>(blockIdx.x)); !walk.at_end(); walk.next(), turn ^= 1) {
+  for (Walk walk(cut, blocks_of<Tile>(m), static_cast<int>(blockIdx.x)); !walk.at_end(); walk.next(), turn ^= 1) {
     const bool is_mine = turn == group;
     const int64_t left_in_group = walk.left_in_group();
     SummedRows<Tile> rows;
     if (is_mine) {
-      rows.read(params, walk.m_block);  // on their way while the tile is multiplied
+      rows.read(params, m, walk.m_block);  // on their way while the tile is multiplied
       Place a_now = a, b_now = b;
       const auto multiply_stage = [&](GMMA::ScaleOut first) {
         ClusterBarrier::wait(&barriers.b_full[b_now.slot], b_now.parity);
@@ -408,13 +416,15 @@ __global__ void __launch_bounds__(kThreads, 1) head_gemm_kernel(const __grid_con
   // The next kernel of the stream may come up while this one works; this one waits here for the one before.
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
+  int m = params.m;
+  if (Tile::kGathers && params.rows_given) m = min(m, *params.rows_given);
 
   if (threadIdx.x < kGroup) {
     cutlass::arch::warpgroup_reg_dealloc<Tile::kGathers ? 72 : 40>();
-    if (Tile::kGathers || threadIdx.x == 0) produce<Tile>(params, barriers, a_stages, b_stages);
+    if (Tile::kGathers || threadIdx.x == 0) produce<Tile>(params, m, barriers, a_stages, b_stages);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Tile::kGathers ? 216 : 232>();
-    consume<Tile>(params, barriers, a_stages, b_stages, c_tiles);
+    consume<Tile>(params, m, barriers, a_stages, b_stages, c_tiles);
   }
 #else
   __trap();  // machine code for another architecture: takes_sm90 keeps the host from launching it

@@ -15,6 +15,7 @@ struct HeadGemm {
   int64_t a_stride, a_batch_stride;  // between rows, between matrices
   const int64_t* indices;            // [m] or null: A's row r is row indices[r], zeros outside [0, a_rows)
   int64_t a_rows;
+  const int32_t* rows_given;  // null, or on the device, with indices: only so many of the m rows are there
   Operand b;
   const void* bias;  // [n] of each i, side by side, or null; a row outside [0, a_rows) has none
   int64_t bias_batch_stride;

@@ -21,8 +21,15 @@
 //   - Evict-first stores, where C is larger than L2 keeps: 75 -> 71 us at 1024 rows. Else they do nothing.
 //   - Launching before the kernel ahead has ended (programmatic dependent launch): about half a microsecond.
 // In all of these, 22 shapes, cuBLAS (13.0) gave the very same bits.
-// ptxas 13.0: 168 registers at launch in each of the 32 kernels, no spills; with 56 for the gathering threads it
-// spilled.
+// Tried and left:
+//   - Padding a product whose sizes are no multiple of 8 for this kernel. Predicted from the copies' bytes: 1.2 to 1.4
+//     times cuBLAS's speed. Found: 0.5 to 0.8; ATen's copies of odd rows run at a third of the memory's rate. Such
+//     sizes cost cuBLAS 2.5 to 3 times the floor (4096 rows, 32 heads of 127 to 128: 58 us, of 128: 27 us).
+//   - Fewer than 64 columns: from 32 down to 8 cuBLAS is at the floor, this kernel 4 us above it.
+//   - The fastest of cuBLASLt's first 16 algorithms for what cuBLAS takes: within 1 % of the first one from 64 rows on
+//     and, timed in a warm cache, worse for fewer (gemm_lt.cpp has the rule that came of it).
+//
+// ptxas 13.0: 168 registers at launch in each of the 32 kernels, no spills; 56 for the gathering threads were too few.
 #pragma once
 
 #include "gemm_sm90.h"

@@ -1,9 +1,11 @@
 #include "head_gemm.h"
 
 #include "gemm.h"
+#include "gemm_lt.h"
 #include "gemm_sm90.h"
 #include "rows.h"
 
+#include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDADataType.h>
 #include <ATen/ops/empty.h>
@@ -64,6 +66,31 @@ std::optional<HeadGemm> for_sm90(const Tensor& rows, const Tensor& weight, const
   return takes_sm90(gemm) ? std::optional(gemm) : std::nullopt;
 }
 
+LtOptions lt_options(bool is_float32) {
+  const auto& context = at::globalContext();
+  LtOptions options{};
+  options.stream = at::cuda::getCurrentCUDAStream();
+  options.times = context.benchmarkCuDNN() && !context.deterministicCuDNN() && !context.deterministicAlgorithms();
+  if (is_float32) {  // PyTorch's settings, as PyTorch understands them, are those of its handle
+    cublasMath_t mode{};
+    TORCH_CHECK(cublasGetMathMode(at::cuda::getCurrentCUDABlasHandle(), &mode) == CUBLAS_STATUS_SUCCESS,
+                "cublasGetMathMode failed");
+    options.allows_tf32 = mode & CUBLAS_TF32_TENSOR_OP_MATH;
+  }
+  return options;
+}
+
+// output = A B + bias; `gemm` is filled in but for what tells of the bias.
+void multiply(BatchedGemm& gemm, const OptionalTensor& bias, const Tensor& output) {
+  const OptionalTensor row = bias && bias->stride(1) != 1 ? OptionalTensor(bias->contiguous()) : bias;
+  if (run_lt(at::cuda::getCurrentCUDABlasLtHandle(), gemm, row ? row->const_data_ptr() : nullptr,
+             row ? row->stride(0) : 0, lt_options(gemm.operand_type == CUDA_R_32F)))
+    return;
+  if (bias) output.copy_(bias->expand_as(output));
+  gemm.accumulates = bias.has_value();
+  run(at::cuda::getCurrentCUDABlasHandle(), gemm);
+}
+
 // [m, nh, x] as rows of nh * x elements, a row's elements together.
 Tensor as_rows(const Tensor& tensor) {
   const Tensor rows = tensor.reshape({tensor.size(0), tensor.size(1) * tensor.size(2)});
@@ -95,10 +122,12 @@ Tensor masked(const Tensor& rows, const Tensor& indices, int64_t m) {
 }
 
 bool gather_forward_in_flight(const Tensor& rows, const Tensor& weight, const Tensor& indices,
-                              const OptionalTensor& bias, const Tensor& output) {
-  const auto gemm = for_sm90(rows, weight, indices, bias, output);
-  if (gemm) run_sm90(*gemm, at::cuda::getCurrentCUDAStream());
-  return gemm.has_value();
+                              const OptionalTensor& bias, const Tensor& output, const Tensor& rows_given) {
+  auto gemm = for_sm90(rows, weight, indices, bias, output);
+  if (!gemm) return false;
+  if (rows_given.defined()) gemm->rows_given = rows_given.const_data_ptr<int32_t>();
+  run_sm90(*gemm, at::cuda::getCurrentCUDAStream());
+  return true;
 }
 
 void gather_forward(const Tensor& rows, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias,
@@ -115,9 +144,8 @@ void forward(const Tensor& rows, const Tensor& weight, const OptionalTensor& bia
   if (output.numel() == 0) return;
   if (const auto gemm = for_sm90(rows, weight, Tensor(), bias, output))
     return run_sm90(*gemm, at::cuda::getCurrentCUDAStream());
-  if (bias) output.copy_(bias->expand_as(output));
   if (weight.size(1) == 0) {
-    if (!bias) output.zero_();
+    bias ? output.copy_(bias->expand_as(output)) : output.zero_();
     return;
   }
   Tensor a = rows, b = weight;
@@ -133,8 +161,7 @@ void forward(const Tensor& rows, const Tensor& weight, const OptionalTensor& bia
   gemm.c_batch_stride = output.stride(1);
   gemm.operand_type = at::cuda::ScalarTypeToCudaDataType(rows.scalar_type());
   gemm.c_type = at::cuda::ScalarTypeToCudaDataType(output.scalar_type());
-  gemm.accumulates = bias.has_value();
-  run(at::cuda::getCurrentCUDABlasHandle(), gemm);
+  multiply(gemm, bias, output);
 }
 
 Tensor wgrad(const Tensor& grad_output, const Tensor& rows) {
@@ -153,7 +180,7 @@ Tensor wgrad(const Tensor& grad_output, const Tensor& rows) {
   gemm.ldc = gemm.n;
   gemm.c_batch_stride = gemm.m * gemm.n;
   gemm.operand_type = gemm.c_type = at::cuda::ScalarTypeToCudaDataType(rows.scalar_type());
-  run(at::cuda::getCurrentCUDABlasHandle(), gemm);
+  multiply(gemm, std::nullopt, output);
   return output;
 }
 

@@ -15,9 +15,10 @@ void forward(const Tensor& rows, const Tensor& weight, const OptionalTensor& bia
 void gather_forward(const Tensor& rows, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias,
                     const Tensor& output);
 
-// The same without a copy, where the kernel for Hopper takes it; else nothing is done, and false is returned.
+// The same without a copy, where the kernel for Hopper takes it; else nothing is done, and false is returned. Given
+// `rows_given`, one int32 on the device, only so many rows of the output are there; the others are left or overwritten.
 bool gather_forward_in_flight(const Tensor& rows, const Tensor& weight, const Tensor& indices,
-                              const OptionalTensor& bias, const Tensor& output);
+                              const OptionalTensor& bias, const Tensor& output, const Tensor& rows_given = {});
 
 // to[r] = rows[indices[r]], zeros where the index names no row: `to` [t, nh, x], contiguous.
 void gather(const Tensor& rows, const Tensor& indices, const Tensor& to);

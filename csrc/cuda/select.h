@@ -25,7 +25,7 @@ struct Threshold {
 struct Packed {
   int64_t* indices;            // as many places as rows can keep
   int32_t* cu_seqlens;         // [b + 1]
-  int64_t* total;              // one word
+  int64_t* total;              // one word, which may be the host's
   unsigned long long* words;   // [b], zeros: the rows' counts on their way
   unsigned long long* ticket;  // one word, zero
 };

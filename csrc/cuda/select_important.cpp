@@ -1,11 +1,11 @@
 #include "select.h"
+#include "selection.h"
 
 #include "../checks.h"
 #include "../score_format.h"
 
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
@@ -35,58 +35,85 @@ cuda::Threshold<Format> threshold_of(const Tensor& rounded) {
   return rounded.is_cuda() ? cuda::Threshold<Format>{0, bits} : cuda::Threshold<Format>{*bits, nullptr};
 }
 
-// Of what was allocated for the most that rows can keep, the part that they do keep: a copy where it would hold on to
-// more than as much again.
-Tensor first(const Tensor& indices, int64_t t) {
-  constexpr int64_t kNegligible = int64_t{1} << 17;  // places: 1 MiB
-  const Tensor part = indices.narrow(0, 0, t);
-  return indices.size(0) - t > std::max(t, kNegligible) ? part.clone() : part;
-}
-
-template <class Format>
-std::tuple<Tensor, Tensor> select(const Tensor& probs, const cuda::Threshold<Format>& top_p,
-                                  std::optional<int64_t> top_k) {
-  const int64_t b = probs.size(0), s = probs.size(1), k = top_k.value_or(s);
-  Tensor cu_seqlens = at::empty({b + 1}, probs.options().dtype(at::kInt));
-  const auto longs = probs.options().dtype(at::kLong);
-  if (b == 0) return {at::empty({0}, longs), cu_seqlens.zero_()};
+void refuse_capture() {
   TORCH_CHECK(at::cuda::currentStreamCaptureStatus() == c10::cuda::CaptureStatus::None,
               "select_important: how many tokens are kept depends on data, which a CUDA graph cannot capture; give a "
               "capacity");
+}
 
-  const auto scores = scores_of<Format>(probs);
-  Tensor indices = at::empty({b * std::min(k, s)}, longs);
-  Tensor words = at::zeros({b + 2}, longs);  // and, behind them, the ticket and the total
-  auto* const word = words.mutable_data_ptr<int64_t>();
-  cuda::select_packed<Format>(
-      scores, top_p, k,
-      {indices.mutable_data_ptr<int64_t>(), cu_seqlens.mutable_data_ptr<int32_t>(), word + b + 1,
-       reinterpret_cast<unsigned long long*>(word), reinterpret_cast<unsigned long long*>(word + b)},
-      at::cuda::getCurrentCUDAStream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  const int64_t t = words[b + 1].item<int64_t>();  // the only wait
+}  // namespace
+
+namespace cuda {
+
+PackedSelection::PackedSelection(const Tensor& probs, std::optional<double> top_p_value, const OptionalTensor& top_p,
+                                 std::optional<int64_t> top_k) {
+  const int64_t b = probs.size(0), s = probs.size(1), k = top_k.value_or(s);
+  const auto longs = probs.options().dtype(at::kLong);
+  places = at::empty({b * std::min(k, s)}, longs);
+  cu_seqlens = at::empty({b + 1}, probs.options().dtype(at::kInt));
+  if (b == 0) {
+    cu_seqlens.zero_();
+    return;
+  }
+  refuse_capture();
+  total_ = at::empty({1}, at::TensorOptions().dtype(at::kLong).pinned_memory(true));
+  const Tensor words = at::empty({b + 1}, longs);  // and, behind them, the ticket
+  auto* const word = reinterpret_cast<unsigned long long*>(words.mutable_data_ptr<int64_t>());
+  const auto stream = at::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(cudaMemsetAsync(word, 0, words.nbytes(), stream));
+  const Tensor rounded = top_p ? top_p->to(probs.scalar_type()) : Tensor();
+  with_score_format(probs.scalar_type(), [&](auto format) {
+    using Format = decltype(format);
+    const auto threshold =
+        top_p ? threshold_of<Format>(rounded) : Threshold<Format>{score_bits<Format>(top_p_value.value()), nullptr};
+    select_packed<Format>(scores_of<Format>(probs), threshold, k,
+                          {places.mutable_data_ptr<int64_t>(), cu_seqlens.mutable_data_ptr<int32_t>(),
+                           total_.mutable_data_ptr<int64_t>(), word, word + b},
+                          stream);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  counted_.record(stream);
+}
+
+PackedSelection::~PackedSelection() {
+  if (counted_.isCreated()) cudaEventSynchronize(counted_.event());  // an error is the next call's
+}
+
+int64_t PackedSelection::wait() {
+  if (!total_.defined()) return 0;
+  counted_.synchronize();
+  const int64_t t = *total_.const_data_ptr<int64_t>();
   check_kept("select_important", t);
-  return {first(indices, t), cu_seqlens};
+  return t;
+}
+
+Tensor first_rows(const Tensor& rows, int64_t t) {
+  constexpr int64_t kNegligible = 1 << 20;  // bytes
+  const Tensor part = rows.narrow(0, 0, t);
+  const auto kept = static_cast<int64_t>(part.nbytes());
+  return static_cast<int64_t>(rows.nbytes()) - kept > std::max(kept, kNegligible) ? part.clone() : part;
+}
+
+}  // namespace cuda
+
+namespace {
+
+std::tuple<Tensor, Tensor> select(const Tensor& probs, std::optional<double> top_p_value, const OptionalTensor& top_p,
+                                  std::optional<int64_t> top_k) {
+  check_select("select_important", probs, top_p_value, top_p, top_k);
+  const c10::cuda::CUDAGuard guard(probs.device());
+  cuda::PackedSelection selection(probs, top_p_value, top_p, top_k);
+  const int64_t t = selection.wait();
+  return {cuda::first_rows(selection.places, t), selection.cu_seqlens};
 }
 
 std::tuple<Tensor, Tensor> select_important_cuda(const Tensor& probs, double top_p, std::optional<int64_t> top_k) {
-  check_select("select_important", probs, top_p, std::nullopt, top_k);
-  const c10::cuda::CUDAGuard guard(probs.device());
-  return with_score_format(probs.scalar_type(), [&](auto format) {
-    using Format = decltype(format);
-    return select<Format>(probs, {score_bits<Format>(top_p), nullptr}, top_k);
-  });
+  return select(probs, top_p, std::nullopt, top_k);
 }
 
 std::tuple<Tensor, Tensor> select_important_tensor_cuda(const Tensor& probs, const Tensor& top_p,
                                                         std::optional<int64_t> top_k) {
-  check_select("select_important", probs, std::nullopt, top_p, top_k);
-  const c10::cuda::CUDAGuard guard(probs.device());
-  const Tensor rounded = top_p.to(probs.scalar_type());
-  return with_score_format(probs.scalar_type(), [&](auto format) {
-    using Format = decltype(format);
-    return select<Format>(probs, threshold_of<Format>(rounded), top_k);
-  });
+  return select(probs, std::nullopt, top_p, top_k);
 }
 
 std::tuple<Tensor, Tensor> select_important_static_cuda(const Tensor& probs, const Tensor& top_p,
