@@ -24,6 +24,8 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 struct GatherHeadMatmul : Function<GatherHeadMatmul> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& indices,
                         const OptionalTensor& bias, bool distinct) {
     ctx->save_for_backward({kept_if(weight.requires_grad(), input), kept_if(input.requires_grad(), weight), indices});
@@ -54,6 +56,8 @@ struct GatherHeadMatmul : Function<GatherHeadMatmul> {
 };
 
 struct GatherHeadMatmulDgrad : Function<GatherHeadMatmulDgrad> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
                         const SymInt& m, bool distinct) {
     ctx->save_for_backward(
@@ -74,6 +78,8 @@ struct GatherHeadMatmulDgrad : Function<GatherHeadMatmulDgrad> {
 };
 
 struct GatherHeadMatmulWgrad : Function<GatherHeadMatmulWgrad> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
     ctx->save_for_backward(
         {kept_if(input.requires_grad(), grad_output), kept_if(grad_output.requires_grad(), input), indices});

@@ -79,14 +79,18 @@ Tensor threshold(std::string_view op, const Tensor& probs, double top_p) {
   return at::full({}, top_p, is_traced ? probs.options() : probs.options().device(at::kCPU));
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {
+void register_composites(torch::Library& m) {
   m.impl("importance_matmul", importance_matmul_composite);
   m.impl("_importance_matmul_tensor", importance_matmul_tensor_composite);
   m.impl("_importance_matmul_grads", importance_matmul_grads_composite);
   m.impl("_threshold", threshold);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) { register_composites(m); }
+// Without a rule of its own even a composite runs as a loop under vmap.
+TORCH_LIBRARY_IMPL(mhmatmul, FuncTorchBatched, m) { register_composites(m); }
 
 // Its backward differs (autograd/gather_head_matmul.cpp); here it is the same product.
 TORCH_LIBRARY_IMPL(mhmatmul, CompositeExplicitAutograd, m) {
