@@ -89,36 +89,6 @@ def test_operators_library_serves_without_the_package(tmp_path):
     run(sys.executable, script, cwd=tmp_path)
 
 
-class _Importance(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(8, 3))
-
-    def forward(self, input, probs):
-        return mhmatmul_ext.matmul_with_importance(input, self.weight, probs, num_heads=2, top_p=0.5)[0].relu()
-
-
-@pytest.mark.slow
-def test_operators_library_serves_an_aotinductor_package(tmp_path):
-    module, batch = _Importance(), torch.export.Dim("batch", min=2, max=64)
-    with torch.no_grad():
-        exported = torch.export.export(
-            module, (torch.randn(2, 5, 8), torch.rand(2, 5)), dynamic_shapes={"input": {0: batch}, "probs": {0: batch}}
-        )
-        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "importance.pt2"))
-        input, probs = torch.randn(4, 5, 8), torch.rand(4, 5)
-        torch.save((input, probs, module(input, probs)), tmp_path / "data.pt")
-    script = tmp_path / "run.py"
-    script.write_text(
-        f"import sys, torch\n"
-        f"torch.ops.load_library({str(_load.LIBRARY)!r})\n"
-        f"input, probs, expected = torch.load({str(tmp_path / 'data.pt')!r})\n"
-        f"torch.testing.assert_close(torch._inductor.aoti_load_package({package!r})(input, probs), expected)\n"
-        f"assert 'mhmatmul_ext' not in sys.modules\n"
-    )
-    run(sys.executable, script, cwd=tmp_path)
-
-
 def test_a_second_copy_is_refused(tmp_path):
     copy = shutil.copy(_load.LIBRARY, tmp_path / "second.so")
     script = tmp_path / "twice.py"
