@@ -6,6 +6,8 @@ The marks are printed as a table after the run; README shows the same one.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +16,7 @@ import pytest
 import torch
 from composability import COLUMNS, ROWS, Make, Sizes, applies, differentiable, floating
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhmatmul_ext import _load
+from mhmatmul_ext import _load, matmul_with_importance, matmul_with_multi_head, select_important
 
 ops = torch.ops.mhmatmul
 assert_close = torch.testing.assert_close
@@ -322,3 +325,96 @@ def test_cell(row, column, device, request, tmp_path, record_property):
     if column == "AOTI":
         extra["aotinductor"] = request.getfixturevalue("aotinductor")
     check(row, device, **extra)
+
+
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_thresholds_recompile_nothing(capacity, device):
+    """A 0-d tensor for top_p and an int for top_k: at most two graphs, whatever their values."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def function(input, weight, probs, top_p, top_k):
+        return matmul_with_importance(input, weight, probs, None, 2, top_p, top_k, capacity=capacity)[0]
+
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+
+    input, weight, probs = (torch.rand(size, device=device) for size in [(2, 30, 8), (8, 3), (2, 30)])
+    for i in range(20):
+        operands = input, weight, probs, torch.tensor(i / 20, device=device), i + 2
+        assert_close(compiled(*operands), function(*operands))
+    assert counter.frame_count <= 2
+
+
+COPIED = {
+    "multi head": lambda x, w, p, t: matmul_with_multi_head(x, w, 2),
+    "bias": lambda x, w, p, t: matmul_with_multi_head(x, w, 2, bias=w.detach()[:2]),
+    "importance": lambda x, w, p, t: matmul_with_importance(x, w, p, None, 2, t)[0],
+    "importance, capacity": lambda x, w, p, t: matmul_with_importance(x, w, p, None, 2, t, capacity=3)[0],
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_inductor_adds_no_copy(name, device):
+    """Operands and results pass as they are, strided ones too: around the operators no kernel is generated."""
+    projection, packed = torch.randn(2, 5, 24, device=device), torch.randn(3, 8, device=device)
+    input, weight = projection[..., 8:16].requires_grad_(), packed.t().requires_grad_()
+    probs, threshold = torch.rand(2, 5, device=device), torch.tensor(0.4, device=device)
+    compiled = torch.compile(COPIED[name], fullgraph=True)
+
+    def forward_and_backward():
+        output = compiled(input, weight, probs, threshold)
+        return output, torch.autograd.grad(output, (input, weight), torch.ones_like(output))
+
+    _, codes = run_and_get_code(forward_and_backward)
+    assert len(codes) == 2
+    assert all("torch.ops.mhmatmul." in code for code in codes)
+    for kernel in ("async_compile.cpp", "async_compile.triton", "copy_", "clone"):
+        assert not any(kernel in code for code in codes), kernel
+
+
+def peak_memory(device, function):
+    """The most that was allocated at once during a call, beyond what was there before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate((e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())), initial=0))
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_backward_allocates_only_the_gradients_asked_for(needs, gathered, device):
+    input, weight = torch.randn(1024, 2, 64, device=device), torch.randn(2, 64, 128, device=device)
+    indices = torch.arange(1024, device=device)
+    leaves = [t.requires_grad_() for t, need in zip((input, weight), needs, strict=True) if need]
+    call = (lambda x, w: ops._gather_distinct_head_matmul(x, w, indices)) if gathered else ops.head_matmul
+    call(input, weight).sum().backward()  # what a first call sets up
+    output = call(input, weight)
+    gradient = torch.randn_like(output)
+    used = peak_memory(device, lambda: torch.autograd.grad(output, leaves, gradient))
+    asked_for = sum(leaf.nbytes for leaf in leaves)
+    assert asked_for <= used <= asked_for + 32 * 1024, "more than the gradients and a few small buffers"
+
+
+def test_vmap_refuses_what_it_cannot_hold(device):
+    input, weight, probs = (torch.rand(size, device=device) for size in [(3, 2, 5, 8), (8, 3), (3, 2, 5)])
+    for top_p in (0.5, torch.tensor(0.5, device=device)):
+        with pytest.raises(RuntimeError, match=r"^select_important: the number of kept tokens .* give capacity="):
+            torch.vmap(lambda x, p, top_p=top_p: matmul_with_importance(x, weight, p, None, 2, top_p))(input, probs)
+    out = torch.zeros(3, 2, 5, 2, 3, device=device)
+    with pytest.raises(RuntimeError, match=r"^matmul_with_multi_head: out= is not supported under torch\.func"):
+        torch.vmap(lambda x, o: matmul_with_multi_head(x, weight, 2, out=o))(input, out)
+    assert (out == 0).all()
+
+
+def test_vmap_of_the_static_selection_is_exact(device):
+    """One threshold for each call, scores that only just reach it, NaN and infinities, as one call after the other."""
+    probs = torch.tensor([0.5, math.nan, -0.0, math.inf, 0.25, -math.inf], device=device).repeat(4, 3, 1)
+    thresholds = torch.tensor([0.5, 0.0, math.nextafter(0.5, 1), 1.0], dtype=torch.float64, device=device)
+    batched = torch.vmap(lambda p, t: select_important(p, t, 3, capacity=4))(probs, thresholds)
+    for i, threshold in enumerate(thresholds):
+        for got, expected in zip(batched, select_important(probs[i], threshold, 3, capacity=4), strict=True):
+            assert torch.equal(got[i], expected)
