@@ -11,12 +11,13 @@
 
 Rows named by index are numbered over the whole batch, so `input` of the selective operators is not sharded by batch
 without being gathered first. A selection whose size depends on data has no place in a DTensor at all: give
-`capacity=`, or multiply each device's own sequences by `local_map`, with nothing sent:
+`capacity=`, or multiply each device's own sequences by `local_map`, with nothing sent::
 
-    >>> def keep(input, weight, probs):                                                     # doctest: +SKIP
-    ...     return matmul_with_importance(input, weight, probs, num_heads=4, top_p=0.7, capacity=64)[0]
-    >>> by_batch, whole = [Shard(0)], [Replicate()]                                         # doctest: +SKIP
-    >>> keep = local_map(keep, out_placements=by_batch, in_placements=(by_batch, whole, by_batch))  # doctest: +SKIP
+    def keep(input, weight, probs):  # local tensors
+        return matmul_with_importance(input, weight, probs, num_heads=4, top_p=0.7, capacity=64)[0]
+
+    by_batch, whole = [Shard(0)], [Replicate()]
+    keep = local_map(keep, out_placements=by_batch, in_placements=(by_batch, whole, by_batch), device_mesh=mesh)
 """
 
 from __future__ import annotations
