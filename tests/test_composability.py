@@ -328,8 +328,9 @@ def test_cell(row, column, device, request, tmp_path, record_property):
 
 
 @pytest.mark.parametrize("capacity", [None, 3])
-def test_thresholds_recompile_nothing(capacity, device):
-    """A 0-d tensor for top_p and an int for top_k: at most two graphs, whatever their values."""
+@pytest.mark.parametrize(("vary_top_k", "graphs"), [(False, 1), (True, 2)])
+def test_thresholds_recompile_nothing(vary_top_k, graphs, capacity, device):
+    """One graph for all values of a 0-d tensor top_p; a second, with a symbol, once top_k changes."""
     counter = CompileCounterWithBackend("aot_eager")
 
     def function(input, weight, probs, top_p, top_k):
@@ -339,9 +340,9 @@ def test_thresholds_recompile_nothing(capacity, device):
 
     input, weight, probs = (torch.rand(size, device=device) for size in [(2, 30, 8), (8, 3), (2, 30)])
     for i in range(20):
-        operands = input, weight, probs, torch.tensor(i / 20, device=device), i + 2
+        operands = input, weight, probs, torch.tensor(i / 20, device=device), i + 2 if vary_top_k else 9
         assert_close(compiled(*operands), function(*operands))
-    assert counter.frame_count <= 2
+    assert counter.frame_count == graphs
 
 
 COPIED = {
