@@ -10,6 +10,7 @@ import itertools
 import math
 import subprocess
 import sys
+import warnings
 from collections import Counter
 
 import pytest
@@ -400,6 +401,27 @@ def test_backward_allocates_only_the_gradients_asked_for(needs, gathered, device
     assert asked_for <= used
     if not (gathered and device == "cuda"):  # where rows may be gathered into a buffer first
         assert used <= asked_for + 32 * 1024, "more than the gradients and a few small buffers"
+
+
+DENSE = [row for row in ROWS if row.is_differentiable and not {"gather", "importance"} & set(row.name.split("_"))]
+
+
+@pytest.mark.parametrize("row", DENSE, ids=[row.name for row in DENSE])
+def test_batched_gradients_without_a_loop(row, device):
+    """is_grads_batched goes through a vmap of its own, older than torch.func's, with rules of its own."""
+    arguments = row.make(Make(device, torch.float64, requires_grad=True))
+    results, leaves = differentiable(row(*arguments)), leaves_of(arguments)
+    batches = [torch.randn(3, *result.shape, dtype=result.dtype, device=device) for result in results]
+    torch._C._debug_only_display_vmap_fallback_warnings(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            batched = torch.autograd.grad(results, leaves, batches, is_grads_batched=True, retain_graph=True)
+    finally:
+        torch._C._debug_only_display_vmap_fallback_warnings(False)
+    for i in range(3):
+        single = torch.autograd.grad(results, leaves, [batch[i] for batch in batches], retain_graph=True)
+        assert_close([gradient[i] for gradient in batched], list(single))
 
 
 def test_vmap_refuses_what_it_cannot_hold(device):
