@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import string
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,7 +54,7 @@ _DIMENSIONS = {
     "_gather_head_matmul_backward": "tne,mnd,nde,t->mnd,nde",
     "select_important_static": ",->,",  # its indices count the rows of the whole batch
 }
-_BIAS = "ne"
+_BIAS = "ne"  # the last operand of those that have one
 
 _NO_FIXED_SIZE = (
     "select_important: the number of kept tokens depends on data, so no DTensor can hold them; give capacity= for a "
@@ -94,10 +95,11 @@ Sharding = tuple[list[Placement | None], list[Placement | None]]  # of results, 
 
 def _shardings(dimensions: str, *args: Any) -> list[Sharding]:
     """What one dimension of a mesh may do: replicate all, or shard one letter."""
-    leading = "abcfghijkl"[: args[0].ndim - 2]
+    leading = string.ascii_uppercase[: args[0].ndim - 2]
     operands, results = (side.split(",") for side in dimensions.replace("...", leading).split("->"))
     named = itertools.zip_longest(args, operands, fillvalue="")
     names = [name if hasattr(argument, "placements") else None for argument, name in named][: len(args)]
+    has_bias = f",{_BIAS}->" in dimensions and _BIAS in names
 
     def place(name: str | None, letter: str, without: Placement) -> Placement | None:
         if name is None:
@@ -107,7 +109,7 @@ def _shardings(dimensions: str, *args: Any) -> list[Sharding]:
     allowed: list[Sharding] = [([Replicate() for _ in results], [place(name, "?", Replicate()) for name in names])]
     for letter in sorted({*"".join(operands)} - {"m"}):
         placed = [place(name, letter, Partial()) for name in results]
-        if _BIAS in names and Partial() in placed:
+        if has_bias and Partial() in placed:
             continue  # each device would add the whole bias
         allowed.append((placed, [place(name, letter, Replicate()) for name in names]))
     return allowed
