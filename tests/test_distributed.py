@@ -63,7 +63,7 @@ def test_sharded_operators(row, world, results, record_property):
             for kind in kinds(world):
                 outcome = found[row.name, sharded, kind]
                 if kind == "uneven" and row.name in FLAT and sharded in ("heads", "batch") and isinstance(outcome, str):
-                    assert "not evenly divisible by mesh dimension" in outcome
+                    assert "Sharding propagation failed for aten.view" in outcome
                     continue
                 assert isinstance(outcome, tuple), outcome
                 if kind == "even":
