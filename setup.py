@@ -21,6 +21,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 OPERATORS = "mhmatmul_ext.libmhmatmul"  # built as mhmatmul_ext/libmhmatmul.so
+TORCH_SINCE, TORCH_BELOW = (2, 11), (2, 16)  # also in pyproject.toml and the backend; tests/test_build.py compares them
 BUILD_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 
@@ -101,6 +102,15 @@ def cutlass_headers() -> str:
     return str(folder)
 
 
+def unsupported_torch(version: str) -> str | None:
+    """One sentence on why nothing can be built for this torch, or None."""
+    release = tuple(int(number) for number in version.split(".")[:2])
+    if TORCH_SINCE <= release < TORCH_BELOW:
+        return None
+    since, below = (".".join(map(str, bound)) for bound in (TORCH_SINCE, TORCH_BELOW))
+    return f"mhmatmul_ext needs torch>={since},<{below}, found {version}: install such a torch and build again"
+
+
 def with_hopper_features(architectures: str) -> str:
     """An architecture list in which 9.0 is 9.0a: wgmma and setmaxnreg are in no other code.
 
@@ -119,6 +129,8 @@ def build_arguments() -> dict[str, Any]:
 
     import torch
 
+    if reason := unsupported_torch(torch.__version__):
+        raise SystemExit(reason)
     cpu_only_because = why_cpu_only(torch.version.cuda, cuda_home)
     if cpu_only_because and os.environ.get("FORCE_CUDA") == "1":
         raise SystemExit(f"FORCE_CUDA=1, but {cpu_only_because}")

@@ -33,7 +33,7 @@ if _TORCH is not None and _TORCH not in sys.path:
 
 def _requirements() -> "list[str]":
     if _TORCH is None:
-        return ["torch>=2.11", _CUTLASS]
+        return ["torch>=2.11,<2.16", _CUTLASS]
     has_cuda = re.search(r"^cuda.*= '", (Path(_TORCH) / "torch" / "version.py").read_text(), re.MULTILINE)
     return [_CUTLASS] if has_cuda and "CUTLASS_PATH" not in os.environ else []
 

@@ -64,8 +64,9 @@ def effort(options: argparse.Namespace) -> Effort:
 
 
 def kinds(shape: Shape) -> list[Kind]:
-    """What is timed of a shape: gradients are for training, where rows are many."""
+    """What is timed of a shape: gradients are for training, where rows are many, and for what a call costs."""
     backward: list[Kind] = ["backward"] if has_many_rows(shape) else []
+    backward += ["call and gradients"] if shape.name == "smallest" else []
     importance: list[Kind] = ["importance"] if shape.kept else []
     return ["forward", *backward, *importance]
 

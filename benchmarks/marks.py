@@ -87,6 +87,12 @@ def call_overhead(results: Results[Timing]) -> float | None:
     return 1 / ratio if ratio else None
 
 
+def call_and_gradients_overhead(results: Results[Timing]) -> float | None:
+    """Our time for a call and both gradients over that of torch.bmm."""
+    ratio = results.ratio("smallest", "float32", "call and gradients", "fresh", "bmm")
+    return 1 / ratio if ratio else None
+
+
 def half_marks(dtype: str) -> tuple[Mark[Results[Timing]], ...]:
     """The same for both half types."""
     without = "x einsum without oneDNN, as on CPUs without half-precision instructions"
@@ -114,6 +120,7 @@ MARKS = (
     Mark("deepseek-q, M = 1, float32: x bmm", decode_against_bmm, 1),
     Mark("deepseek-q, M = 1, bfloat16: x our float32", decode_bfloat16, 1.6),
     Mark("smallest call, float32: of torch.bmm's time", call_overhead, 1.5, at_most=True),
+    Mark("smallest call and both gradients, float32: of torch.bmm's time", call_and_gradients_overhead),
 )
 
 

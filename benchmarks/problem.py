@@ -15,7 +15,7 @@ from verify import Sample
 from mhmatmul_ext import reference
 
 # backward: both gradients. wgrad: that of the weight alone. importance gradients: output and both gradients.
-Kind = Literal["forward", "backward", "wgrad", "importance", "importance gradients", "selection"]
+Kind = Literal["forward", "backward", "call and gradients", "wgrad", "importance", "importance gradients", "selection"]
 SAMPLED_ROWS, SAMPLED_HEADS = 256, 8
 
 

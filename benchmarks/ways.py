@@ -97,6 +97,18 @@ GRADIENTS = Way(
 )
 SELECTED = Way("matmul_with_importance(input, weight, probs, None, nh, 0.0, top_k)", "r[0]", computes="importance")
 
+CALL_AND_GRADIENTS = Way(
+    "torch.autograd.grad(matmul_with_multi_head(input, weight, nh), (input, weight), grad_output)",
+    setup="input, weight = input.detach().requires_grad_(), weight.detach().requires_grad_()",
+    computes="backward",
+)
+BMM_AND_GRADIENTS = Way(
+    "torch.autograd.grad(torch.bmm(AT, W), (AT, W), GT)",
+    "(r[0].transpose(0, 1), r[1])",
+    setup="AT, W, GT = A.transpose(0, 1).requires_grad_(), W.detach().requires_grad_(), G.transpose(0, 1)",
+    computes="backward",
+)
+
 OURS: dict[Kind, dict[str, Way]] = {
     "forward": {
         "fresh": FRESH,
@@ -104,6 +116,9 @@ OURS: dict[Kind, dict[str, Way]] = {
     },
     "backward": {
         "both gradients": GRADIENTS,
+    },
+    "call and gradients": {
+        "fresh": CALL_AND_GRADIENTS,
     },
     "importance": {
         "kept": SELECTED,
@@ -129,6 +144,7 @@ OPPONENTS: dict[Kind, dict[str, Way]] = {
         "einsum": EINSUM_GRADIENTS,
         "no oneDNN": EINSUM_GRADIENTS._replace(applies=is_half, onednn=False),
     },
+    "call and gradients": {"bmm": BMM_AND_GRADIENTS},
     "importance": {"eager": Way("select_and_multiply(A, W, probs, top_k)", computes="importance")},
 }
 

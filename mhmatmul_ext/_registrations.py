@@ -1,16 +1,21 @@
-"""Fake kernels: the shapes, dtypes and strides of each operator's results, for tracing and `torch.device("meta")`.
+"""What PyTorch asks of operators in Python: fake kernels, rules of `torch.vmap` for selections, and FLOP formulas.
 
-Each begins with the same checks as the real kernels (csrc/checks.h). The operators not listed here are made of these.
+A fake kernel gives shapes, dtypes and strides of the results, for tracing and `torch.device("meta")`, and begins with
+the same checks as the real kernels (csrc/checks.h). The operators not listed here are made of these.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 _ops = torch.ops.mhmatmul
+
+Shape = tuple[int, ...]
 
 
 def _fake(name: str) -> Any:
@@ -105,3 +110,70 @@ def _(probs: Tensor, top_p: Tensor, top_k: int | None, capacity: int) -> tuple[T
     _ops._check_select("select_important", probs, None, top_p, top_k, capacity)
     indices = probs.new_empty((probs.shape[0], capacity), dtype=torch.int64)
     return indices, probs.new_empty((probs.shape[0],), dtype=torch.int64)
+
+
+# Selections under torch.vmap: sequences are independent, so a batch of calls is one call with more sequences.
+
+
+@torch.library.register_vmap("mhmatmul::select_important_static")
+def _(
+    info: Any, in_dims: tuple[int | None, ...], probs: Tensor, top_p: Tensor, top_k: int | None, capacity: int
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    probs = probs.expand(info.batch_size, *probs.shape) if in_dims[0] is None else probs.movedim(in_dims[0], 0)
+    if in_dims[1] is not None:  # NaN is never kept, so it can stand for what does not reach a call's own threshold
+        reaches = probs >= top_p.to(probs.device, probs.dtype).reshape(-1, 1, 1)
+        probs, top_p = probs.where(reaches, math.nan), torch.full((), -math.inf, dtype=probs.dtype)
+    calls, b, s = probs.shape
+    indices, counts = _ops.select_important_static.default(probs.flatten(0, 1), top_p, top_k, capacity)
+    first = torch.arange(calls, device=probs.device).reshape(-1, 1, 1) * (b * s)  # each call counts from its own
+    indices = indices.unflatten(0, (calls, b))
+    return (torch.where(indices < 0, -1, indices - first), counts.unflatten(0, (calls, b))), (0, 0)
+
+
+def _refuse_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    raise RuntimeError(
+        "select_important: the number of kept tokens depends on data and may differ between the calls that torch.vmap "
+        "joins; give capacity= for a selection of a fixed size"
+    )
+
+
+for _name in ("select_important", "_select_important_tensor"):
+    torch.library.register_vmap(f"mhmatmul::{_name}", _refuse_vmap)
+
+
+# FLOP, for torch.utils.flop_counter: two for each multiply-add. The number of kept tokens is that of the result, the
+# padding of a selection of a fixed size included.
+
+
+def _flops(*names: str) -> Any:
+    return register_flop_formula([getattr(_ops, name) for name in names])
+
+
+@_flops("head_matmul", "gather_head_matmul", "_gather_distinct_head_matmul")
+def _(input: Shape, weight: Shape, *args: Any, out_shape: Shape, **kwargs: Any) -> int:
+    return 2 * math.prod(out_shape) * weight[1]
+
+
+@_flops("_importance_head_matmul")
+def _(input: Shape, weight: Shape, *args: Any, out_shape: tuple[Shape, ...], **kwargs: Any) -> int:
+    return 2 * math.prod(out_shape[0]) * weight[1]
+
+
+@_flops("_head_matmul_out")
+def _(input: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(input) * weight[2]
+
+
+@_flops("_head_matmul_wgrad", "_gather_head_matmul_wgrad")
+def _(grad_output: Shape, input: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(grad_output) * input[-1]
+
+
+@_flops("_gather_head_matmul_dgrad")
+def _(grad_output: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(grad_output) * weight[1]
+
+
+@_flops("_head_matmul_backward", "_gather_head_matmul_backward")
+def _(grad_output: Shape, input: Shape, *args: Any, **kwargs: Any) -> int:
+    return 4 * math.prod(grad_output) * input[-1]

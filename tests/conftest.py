@@ -1,4 +1,6 @@
-"""Devices to test on, poisoned memory for every test, and the count of GPU tests that could not run."""
+"""Devices to test on, poisoned memory for every test, and what to tell after a run: the composability table, and the
+count of GPU tests that could not run.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import pytest
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # lets PyTorch's own matmuls run in deterministic mode
 
 import torch
+from composability import markdown
 
 import mhmatmul_ext
 
@@ -94,5 +97,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [r for kind in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(kind, [])]
     gpu = [r for r in reports if "gpu" in r.keywords]
     ran = sum(not r.skipped for r in gpu)
+    proofs = [(tuple(cell), r.failed) for r in reports for name, cell in r.user_properties if name == "composability"]
+    cells, failed = {cell for cell, _ in proofs}, {cell for cell, is_failed in proofs if is_failed}
+    if cells:
+        terminalreporter.section("composability")
+        terminalreporter.write_line("\n".join(markdown({cell: "✗" if cell in failed else "✓" for cell in cells})))
     terminalreporter.write_line(f"CPU instruction sets tested: {', '.join(CAPABILITIES)}")
     terminalreporter.write_line(f"GPU tests: {ran} run, {len(gpu) - ran} not run{f' ({NO_GPU})' if NO_GPU else ''}")

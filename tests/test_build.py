@@ -89,36 +89,6 @@ def test_operators_library_serves_without_the_package(tmp_path):
     run(sys.executable, script, cwd=tmp_path)
 
 
-class _Importance(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(8, 3))
-
-    def forward(self, input, probs):
-        return mhmatmul_ext.matmul_with_importance(input, self.weight, probs, num_heads=2, top_p=0.5)[0].relu()
-
-
-@pytest.mark.slow
-def test_operators_library_serves_an_aotinductor_package(tmp_path):
-    module, batch = _Importance(), torch.export.Dim("batch", min=2, max=64)
-    with torch.no_grad():
-        exported = torch.export.export(
-            module, (torch.randn(2, 5, 8), torch.rand(2, 5)), dynamic_shapes={"input": {0: batch}, "probs": {0: batch}}
-        )
-        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "importance.pt2"))
-        input, probs = torch.randn(4, 5, 8), torch.rand(4, 5)
-        torch.save((input, probs, module(input, probs)), tmp_path / "data.pt")
-    script = tmp_path / "run.py"
-    script.write_text(
-        f"import sys, torch\n"
-        f"torch.ops.load_library({str(_load.LIBRARY)!r})\n"
-        f"input, probs, expected = torch.load({str(tmp_path / 'data.pt')!r})\n"
-        f"torch.testing.assert_close(torch._inductor.aoti_load_package({package!r})(input, probs), expected)\n"
-        f"assert 'mhmatmul_ext' not in sys.modules\n"
-    )
-    run(sys.executable, script, cwd=tmp_path)
-
-
 def test_a_second_copy_is_refused(tmp_path):
     copy = shutil.copy(_load.LIBRARY, tmp_path / "second.so")
     script = tmp_path / "twice.py"
@@ -245,7 +215,7 @@ def test_sdist_needs_no_torch(tmp_path):
 
 @pytest.mark.parametrize(
     ("cuda", "requirements"),
-    [("None", "[]"), ("'13.0'", "['nvidia-cutlass==4.2.*']"), (None, "['torch>=2.11', 'nvidia-cutlass==4.2.*']")],
+    [("None", "[]"), ("'13.0'", "['nvidia-cutlass==4.2.*']"), (None, "['torch>=2.11,<2.16', 'nvidia-cutlass==4.2.*']")],
     ids=["torch without CUDA", "torch with CUDA", "no torch"],
 )
 def test_build_requires_what_is_missing(cuda, requirements, tmp_path):
@@ -259,6 +229,29 @@ def test_build_requires_what_is_missing(cuda, requirements, tmp_path):
         "import mhmatmul_build\nprint(mhmatmul_build._requirements())\n"
     )
     assert run(sys.executable, "-c", script, tmp_path, cwd=ROOT).strip() == requirements
+
+
+@pytest.mark.parametrize(
+    ("version", "is_supported"),
+    [("2.10.1+cpu", False), ("2.11.0", True), ("2.15.3+cu130", True), ("2.16.0a0+git1", False), ("3.0.0", False)],
+)
+def test_torch_outside_the_range_is_refused_in_a_sentence(version, is_supported, tmp_path):
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    stated = f"torch>={'{}.{}'.format(*setup['TORCH_SINCE'])},<{'{}.{}'.format(*setup['TORCH_BELOW'])}"
+    for file in ("pyproject.toml", "backend/mhmatmul_build.py", "README.md"):
+        assert stated in (ROOT / file).read_text(), file
+    sentence = f"mhmatmul_ext needs {stated}, found {version}: install such a torch and build again"
+    assert setup["unsupported_torch"](version) == (None if is_supported else sentence)
+
+
+def test_building_stops_for_another_torch(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("__version__ = '2.10.0'\n")
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1].startswith("mhmatmul_ext needs torch>=2.11")
 
 
 @pytest.mark.parametrize(

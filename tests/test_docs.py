@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composability import COLUMNS, ROWS, applies, markdown
 
 import mhmatmul_ext
 from mhmatmul_ext import functional
@@ -28,6 +29,11 @@ def test_readme_snippets_run():
     namespace: dict = {}
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), namespace)
+
+
+def test_readme_shows_the_composability_table():
+    cells = {(row.name, column): "✓" for row in ROWS for column in COLUMNS if applies(column, row)}
+    assert "\n".join(markdown(cells)) in README
 
 
 @pytest.mark.parametrize("name", ["matmul_with_multi_head", "select_important", "matmul_with_importance"])

@@ -36,6 +36,8 @@ std::tuple<Tensor, Tensor> gradients(AutogradContext* ctx, const Tensor& grad_ou
 }
 
 struct GatherHeadMatmul : Function<GatherHeadMatmul> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& indices,
                         const OptionalTensor& bias, bool distinct) {
     ctx->save_for_backward({kept_if(weight.requires_grad(), input), kept_if(input.requires_grad(), weight), indices});
@@ -61,6 +63,8 @@ struct GatherHeadMatmul : Function<GatherHeadMatmul> {
 
 // y, i = _importance_head_matmul(x, W, probs, ...): G with the indices that it found itself.
 struct ImportanceHeadMatmul : Function<ImportanceHeadMatmul> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& probs,
                                std::optional<double> top_p_value, const OptionalTensor& top_p,
                                const std::optional<SymInt>& top_k) {
@@ -80,6 +84,8 @@ struct ImportanceHeadMatmul : Function<ImportanceHeadMatmul> {
 };
 
 struct GatherHeadMatmulDgrad : Function<GatherHeadMatmulDgrad> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
                         const SymInt& m, bool distinct) {
     ctx->save_for_backward(
@@ -100,6 +106,8 @@ struct GatherHeadMatmulDgrad : Function<GatherHeadMatmulDgrad> {
 };
 
 struct GatherHeadMatmulWgrad : Function<GatherHeadMatmulWgrad> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
     ctx->save_for_backward(
         {kept_if(input.requires_grad(), grad_output), kept_if(grad_output.requires_grad(), input), indices});

@@ -14,6 +14,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <numeric>
+#include <vector>
+
 namespace mhmatmul {
 namespace {
 
@@ -22,10 +25,14 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 Tensor sum_rows(const Tensor& grad_output) {
-  return grad_output.dim() == 2 ? grad_output : grad_output.flatten(0, -3).sum(0);
+  std::vector<int64_t> leading(grad_output.dim() - 2);
+  std::iota(leading.begin(), leading.end(), 0);
+  return leading.empty() ? grad_output : grad_output.sum(leading);
 }
 
 struct HeadMatmul : Function<HeadMatmul> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
     ctx->save_for_backward(
         {formulas::kept_if(weight.requires_grad(), input), formulas::kept_if(input.requires_grad(), weight)});
@@ -52,6 +59,8 @@ struct HeadMatmul : Function<HeadMatmul> {
 };
 
 struct HeadMatmulWgrad : Function<HeadMatmulWgrad> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input) {
     ctx->save_for_backward(
         {formulas::kept_if(input.requires_grad(), grad_output), formulas::kept_if(grad_output.requires_grad(), input)});
@@ -93,17 +102,30 @@ std::tuple<Tensor, Tensor> head_matmul_backward_autograd(const Tensor& grad_outp
   return head_matmul_backward(grad_output, input, weight);
 }
 
+constexpr const char* kOutUnderTransform =
+    "matmul_with_multi_head: out= is not supported under torch.func transforms and forward-mode AD";
+
+void head_matmul_out_refused(const Tensor&, const Tensor&, const OptionalTensor&, Tensor&) {
+  TORCH_CHECK(false, kOutUnderTransform);
+}
+
 void head_matmul_out_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Tensor& out) {
   TORCH_CHECK(!formulas::recorded(input, weight, bias) && !(at::GradMode::is_enabled() && out.requires_grad()),
               "matmul_with_multi_head: out= is not differentiable, but an operand requires grad; "
               "call it under torch.no_grad() or without out=");
-  TORCH_CHECK(!formulas::needed(input, weight, bias),
-              "matmul_with_multi_head: out= is not supported under torch.func transforms and forward-mode AD");
+  TORCH_CHECK(!formulas::needed(input, weight, bias), kOutUnderTransform);
   {
     at::AutoDispatchBelowADInplaceOrView below;
     head_matmul_out(input, weight, bias, out);
   }
   torch::autograd::impl::bump_version(out);
+}
+
+void register_formulas(torch::Library& m) {
+  m.impl("head_matmul", formulas::head_matmul);
+  m.impl("_head_matmul_out", head_matmul_out_refused);
+  m.impl("_head_matmul_wgrad", formulas::head_matmul_wgrad);
+  m.impl("_head_matmul_backward", formulas::head_matmul_backward);
 }
 
 }  // namespace
@@ -115,10 +137,7 @@ TORCH_LIBRARY_IMPL(mhmatmul, Autograd, m) {
   m.impl("_head_matmul_backward", head_matmul_backward_autograd);
 }
 
-TORCH_LIBRARY_IMPL(mhmatmul, FuncTorchBatched, m) {
-  m.impl("head_matmul", formulas::head_matmul);
-  m.impl("_head_matmul_wgrad", formulas::head_matmul_wgrad);
-  m.impl("_head_matmul_backward", formulas::head_matmul_backward);
-}
+TORCH_LIBRARY_IMPL(mhmatmul, FuncTorchBatched, m) { register_formulas(m); }
+TORCH_LIBRARY_IMPL(mhmatmul, Batched, m) { register_formulas(m); }  // torch.autograd.grad(is_grads_batched=True)
 
 }  // namespace mhmatmul

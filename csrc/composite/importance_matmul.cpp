@@ -44,8 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor_composite(const Tens
   return {output, indices, offsets};
 }
 
-// The selection is returned as well: under tracing its size is a symbol of its own, which a result has to
-// carry.
+// The selection is returned as well: under tracing its size is a symbol of its own, which a result
+// has to carry.
 std::tuple<Tensor, Tensor, Tensor, Tensor> importance_matmul_grads_composite(
     const Tensor& input, const Tensor& weight, const Tensor& probs, const Tensor& grad_output, SymInt num_heads,
     const Tensor& top_p, std::optional<SymInt> top_k, std::optional<SymInt> capacity) {
@@ -89,14 +89,18 @@ Tensor threshold(std::string_view op, const Tensor& probs, double top_p) {
   return at::full({}, top_p, is_traced ? probs.options() : probs.options().device(at::kCPU));
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {
+void register_composites(torch::Library& m) {
   m.impl("importance_matmul", importance_matmul_composite);
   m.impl("_importance_matmul_tensor", importance_matmul_tensor_composite);
   m.impl("_importance_matmul_grads", importance_matmul_grads_composite);
   m.impl("_threshold", threshold);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) { register_composites(m); }
+// Without a rule of its own even a composite runs as a loop under vmap.
+TORCH_LIBRARY_IMPL(mhmatmul, FuncTorchBatched, m) { register_composites(m); }
 
 // Their backward differs (autograd/gather_head_matmul.cpp); here they are the same product.
 TORCH_LIBRARY_IMPL(mhmatmul, CompositeExplicitAutograd, m) {

@@ -25,12 +25,16 @@ void multi_head_matmul_out_composite(const Tensor& input, const Tensor& weight, 
   head_matmul_out(split_input(input, sizes), split_weight(weight, sizes), bias, out);
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {
+void register_composites(torch::Library& m) {
   m.impl("multi_head_matmul", multi_head_matmul_composite);
   m.impl("_multi_head_matmul_bias", multi_head_matmul_bias_composite);
   m.impl("_multi_head_matmul_out", multi_head_matmul_out_composite);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) { register_composites(m); }
+// Without a rule of its own even a composite runs as a loop under vmap.
+TORCH_LIBRARY_IMPL(mhmatmul, FuncTorchBatched, m) { register_composites(m); }
 
 }  // namespace mhmatmul
