@@ -71,6 +71,14 @@ TORCH_LIBRARY(mhmatmul, m) {
       "(Tensor grad_input, Tensor grad_weight)",
       tags);
 
+  // base [b, s, d] or [m, d] with gates[r] * updates[r] added at flat row indices[r]: updates [t, d], gates [t]; -1
+  // adds nothing, repeated indices add up in order.
+  m.def("combine(Tensor base, Tensor updates, Tensor indices, Tensor? gates=None) -> Tensor", tags);
+  // Gradient of its updates: gates[r] * grad_output[indices[r]], [t, d], zeros for -1.
+  m.def("_combine_updates_grad(Tensor grad_output, Tensor indices, Tensor? gates) -> Tensor", tags);
+  // Gradient of its gates: grad_output[indices[r]] . updates[r], [t], zero for -1.
+  m.def("_combine_gates_grad(Tensor grad_output, Tensor updates, Tensor indices) -> Tensor", tags);
+
   // multi_head_matmul of the selected tokens: [b, s, h], [h, e], [b, s] -> [t, nh, e] and the selection.
   m.def(
       "importance_matmul(Tensor input, Tensor weight, Tensor probs, SymInt num_heads, float top_p=1.0, "
@@ -105,6 +113,8 @@ TORCH_LIBRARY(mhmatmul, m) {
       "_check_select(str op, Tensor probs, float? top_p_value, Tensor? top_p, SymInt? top_k, "
       "SymInt? capacity=None) -> ()",
       tags);
+  m.def("_check_combine(str op, str rows_name, Tensor rows, Tensor? updates, Tensor indices, Tensor? gates=None) -> ()",
+        tags);
 }
 
 namespace {
@@ -193,6 +203,21 @@ std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output
                                                        const Tensor& weight, const Tensor& indices, bool distinct) {
   static const auto op = typed<decltype(gather_head_matmul_backward)>("mhmatmul::_gather_head_matmul_backward");
   return op.call(grad_output, input, weight, indices, distinct);
+}
+
+Tensor combine(const Tensor& base, const Tensor& updates, const Tensor& indices, const OptionalTensor& gates) {
+  static const auto op = typed<decltype(combine)>("mhmatmul::combine");
+  return op.call(base, updates, indices, gates);
+}
+
+Tensor combine_updates_grad(const Tensor& grad_output, const Tensor& indices, const OptionalTensor& gates) {
+  static const auto op = typed<decltype(combine_updates_grad)>("mhmatmul::_combine_updates_grad");
+  return op.call(grad_output, indices, gates);
+}
+
+Tensor combine_gates_grad(const Tensor& grad_output, const Tensor& updates, const Tensor& indices) {
+  static const auto op = typed<decltype(combine_gates_grad)>("mhmatmul::_combine_gates_grad");
+  return op.call(grad_output, updates, indices);
 }
 
 std::tuple<Tensor, Tensor, Tensor> importance_matmul(const Tensor& input, const Tensor& weight, const Tensor& probs,

@@ -199,6 +199,54 @@ def matmul_with_importance(
     return output, None, None
 
 
+def combine(
+    base: Tensor,  # [b, s, d] or [m, d]
+    updates: Tensor,  # [t, d]
+    indices: Tensor,  # [t]
+    gates: Tensor | None = None,  # [t]
+) -> Tensor:
+    """Put tokens back: add `gates[r] * updates[r]` to `base` at flat row `indices[r]`.
+
+    The result is a new tensor, `base` untouched. Sums are taken in float32 (float64 for float64) in the order of the
+    updates and rounded once, so a repeated call gives the same bits, repeated indices or not. Differentiable in
+    `base`, `updates` and `gates`. Under autocast the operands are widened to the widest of their dtypes.
+
+    Args:
+        base: `[b, s, d]` or `[m, d]`, any strides; float32, float16, bfloat16 or float64.
+        updates: `[t, d]`, of the dtype and device of `base`, any strides.
+        indices: `[t]` int64, as `select_important` gives them: rows of `base`, counted through `b * s`. They may
+            repeat, and add up; -1 adds nothing. On CUDA an index that names no row adds nothing either.
+        gates: `[t]`, of the dtype and device of `base`, a factor for each update; None for ones.
+
+    Returns:
+        A tensor of the shape and dtype of `base`, contiguous.
+
+    Raises:
+        TypeError: an argument of the wrong type, a dtype not taken, operands of two dtypes.
+        ValueError: a wrong rank or shape.
+        IndexError: on CPU, an index outside [-1, b * s).
+        RuntimeError: operands on different devices.
+
+    Equivalent in plain PyTorch, where no index is -1::
+
+        base.flatten(0, -2).index_add(0, indices, gates[:, None] * updates).view_as(base)
+
+    Example:
+        >>> base, updates = torch.zeros(2, 3, 1), torch.tensor([[1.0], [2.0], [3.0]])
+        >>> combine(base, updates, torch.tensor([0, 4, 4]), gates=torch.tensor([1.0, 0.5, 2.0])).flatten().tolist()
+        [1.0, 0.0, 0.0, 0.0, 7.0, 0.0]
+
+    Source: the weighted return of processed tokens to the residual stream in Mixture-of-Depths (arXiv:2404.02258,
+    equation 1).
+
+    """
+    op = "combine"
+    _check_tensors(op, base=base, updates=updates, indices=indices)
+    _check_tensors(op, optional=True, gates=gates)
+    output: Tensor = _ops.combine.default(base, updates, indices, gates)
+    return output
+
+
 def _threshold(op: str, probs: Tensor, top_p: float | Tensor) -> Tensor:
     threshold: Tensor = top_p if isinstance(top_p, Tensor) else _ops._threshold.default(op, probs, top_p)
     return threshold

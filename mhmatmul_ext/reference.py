@@ -90,3 +90,12 @@ def matmul_with_importance(
             exact_output, (exact_input, exact_weight), grad_output.detach().double()
         )
     return exact_output.detach().to(input.dtype), grad_input.to(input.dtype), grad_weight.to(weight.dtype)
+
+
+def combine(base: Tensor, updates: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
+    """Update by update, in order."""
+    rows = list(base.double().flatten(0, -2).unbind())
+    for r, row in enumerate(indices.tolist()):
+        if row >= 0:
+            rows[row] = rows[row] + updates[r].double() * (1 if gates is None else gates[r].double())
+    return torch.stack(rows).to(base.dtype).reshape(base.shape) if rows else base.clone()

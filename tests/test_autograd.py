@@ -8,7 +8,7 @@ from support import assert_as_exact, einsum_heads
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
 
-from mhmatmul_ext import matmul_with_importance, matmul_with_multi_head, reference, select_important
+from mhmatmul_ext import combine, matmul_with_importance, matmul_with_multi_head, reference, select_important
 
 ops = torch.ops.mhmatmul
 INDICES = [2, -1, 0, 2, 3, -1]
@@ -49,6 +49,11 @@ def differentiable_calls(device):
             lambda g, x, w: ops._gather_head_matmul_backward(g, x, w, indices),
             (make(t, 2, 5), make(4, 2, 3), make(2, 3, 5)),
         ),
+        "combine": (lambda x, u, g: ops.combine(x, u, indices, g), (make(2, 2, 3), make(t, 3), make(t))),
+        "combine, no gates": (lambda x, u: ops.combine(x, u, indices), (make(4, 3), make(t, 3))),
+        "_combine_updates_grad": (lambda z, g: ops._combine_updates_grad(z, indices, g), (make(2, 2, 3), make(t))),
+        "_combine_updates_grad, no gates": (lambda z: ops._combine_updates_grad(z, indices, None), (make(4, 3),)),
+        "_combine_gates_grad": (lambda z, u: ops._combine_gates_grad(z, u, indices), (make(2, 2, 3), make(t, 3))),
         "matmul_with_multi_head": (
             lambda x, w, c: matmul_with_multi_head(x, w, 2, bias=c),
             (make(2, 3, 8), make(8, 5), make(2, 5)),
@@ -152,6 +157,11 @@ def test_operands_changed_before_backward_are_noticed(device):
         output.sum().backward()
 
 
+def combined(input, weight, indices, cu_seqlens):
+    rows = input.flatten(0, 1)[indices]
+    return combine(input, (rows @ weight @ weight.t()).square(), indices, rows.sum(-1))
+
+
 COMPILED = {
     "multi head": lambda x, w, p, g: matmul_with_multi_head(x, w, 2).square(),
     "multi head with bias": lambda x, w, p, g: matmul_with_multi_head(x, w, 2, bias=w[:2]).square(),
@@ -162,6 +172,7 @@ COMPILED = {
     "importance, static": lambda x, w, p, g: matmul_with_importance(
         x, w, p, num_heads=2, top_p=0.5, top_k=3, capacity=2
     )[0].square(),
+    "selected tokens put back": lambda x, w, p, g: combined(x, w, *select_important(p, 0.5, 3)),
     "selection and a layer": lambda x, w, p, g: torch.nn.functional.layer_norm(
         x.flatten(0, 1)[select_important(p, 0.5, 3)[0]], (8,)
     ),
@@ -176,7 +187,7 @@ def test_compile_fullgraph(name, dynamic, device):
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
     fills = [None, 0.0, 1.0]  # some tokens, none, all
-    if device == "cuda" and name == "selection and a layer":
+    if device == "cuda" and name in ("selection and a layer", "selected tokens put back"):
         fills.remove(0.0)  # the launcher that Inductor writes for torch's own indexing divides by zero for no rows
     for fill in fills:
         input = torch.randn(2, 5, 8, device=device, requires_grad=True)
@@ -229,6 +240,13 @@ OPCHECKED = {
     "_gather_head_matmul_backward": lambda d, g: (
         *ops_args(d, g, (6, 2, 5), (4, 2, 3), (2, 3, 5)), torch.tensor(INDICES, device=d),
     ),
+    "combine": lambda d, g: (
+        *ops_args(d, g, (2, 2, 3), (6, 3)), torch.tensor(INDICES, device=d), *ops_args(d, g, (6,)),
+    ),
+    "_combine_updates_grad": lambda d, g: (
+        *ops_args(d, g, (4, 3)), torch.tensor(INDICES, device=d), *ops_args(d, g, (6,)),
+    ),
+    "_combine_gates_grad": lambda d, g: (*ops_args(d, g, (4, 3), (6, 3)), torch.tensor(INDICES, device=d)),
     "multi_head_matmul": lambda d, g: (*ops_args(d, g, (2, 5, 8), (8, 3)), 2),
     "select_important": lambda d, g: (torch.rand(2, 5, device=d), 0.5, 3),
     "_select_important_tensor": lambda d, g: (torch.rand(2, 5, device=d), torch.tensor(0.5, device=d), 3),

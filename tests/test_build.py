@@ -27,6 +27,7 @@ CONTRACT = {
     "multi_head_matmul(Tensor input, Tensor weight, SymInt num_heads) -> Tensor",
     "select_important(Tensor probs, float top_p=1., SymInt? top_k=None) -> (Tensor indices, Tensor cu_seqlens)",
     "gather_head_matmul(Tensor input, Tensor weight, Tensor indices, Tensor? bias=None) -> Tensor",
+    "combine(Tensor base, Tensor updates, Tensor indices, Tensor? gates=None) -> Tensor",
     "select_important_static(Tensor probs, Tensor top_p, SymInt? top_k, SymInt capacity) -> "
     "(Tensor indices, Tensor counts)",
     "importance_matmul(Tensor input, Tensor weight, Tensor probs, SymInt num_heads, float top_p=1., "
@@ -202,7 +203,7 @@ def test_cuda_library_has_code_for_the_architectures():
     for architecture in re.findall(r"(\d+)\.(\d+)", architectures):
         assert f"sm_{''.join(architecture)}" in listing
     kernels = run(cuobjdump, "--dump-elf-symbols", _load.LIBRARY)
-    for kernel in ["select_kernel", "copy_rows_kernel", "zero_rows_kernel", "sum_rows_kernel"]:
+    for kernel in ["select_kernel", "copy_rows_kernel", "zero_rows_kernel", "sum_rows_kernel", "combine_rows_kernel"]:
         assert kernel in kernels
 
 

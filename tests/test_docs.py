@@ -16,6 +16,7 @@ from mhmatmul_ext import functional
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FUNCTIONS = ["combine", "matmul_with_multi_head", "select_important", "matmul_with_importance"]
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -30,7 +31,7 @@ def test_readme_snippets_run():
         exec(compile(snippet, "README.md", "exec"), namespace)
 
 
-@pytest.mark.parametrize("name", ["matmul_with_multi_head", "select_important", "matmul_with_importance"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstring_examples(name):
     function = getattr(functional, name)
     names = {"torch": torch} | {public: getattr(mhmatmul_ext, public) for public in mhmatmul_ext.__all__}
@@ -41,7 +42,7 @@ def test_docstring_examples(name):
 
 
 def test_public_functions_and_reference_have_one_signature():
-    for name in ["matmul_with_multi_head", "select_important", "matmul_with_importance"]:
+    for name in FUNCTIONS:
         ours, theirs = (getattr(module, name) for module in (functional, mhmatmul_ext.reference))
         arguments = ours.__code__.co_varnames[: ours.__code__.co_argcount + ours.__code__.co_kwonlyargcount]
         assert arguments == theirs.__code__.co_varnames[: len(arguments)]
