@@ -172,6 +172,9 @@ COMPILED = {
     "importance, static": lambda x, w, p, g: matmul_with_importance(
         x, w, p, num_heads=2, top_p=0.5, top_k=3, capacity=2
     )[0].square(),
+    "importance, protected": lambda x, w, p, g: matmul_with_importance(
+        x, w, p, num_heads=2, top_p=0.5, top_k=3, mask=(x[..., 0] > 0).to(torch.int8)
+    )[0].square(),
     "selected tokens put back": lambda x, w, p, g: combined(x, w, *select_important(p, 0.5, 3)),
     "selection and a layer": lambda x, w, p, g: torch.nn.functional.layer_norm(
         x.flatten(0, 1)[select_important(p, 0.5, 3)[0]], (8,)

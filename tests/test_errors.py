@@ -102,7 +102,11 @@ REFUSALS = [
     combining(TypeError, "base must be a Tensor, got None", base=None),
     combining(TypeError, "indices must be a Tensor, got list", indices=[0]),
     combining(TypeError, "gates must be a Tensor or None, got float", gates=1.0),
+    select(TypeError, "mask must be a Tensor or None, got list", mask=[True]),
     # dtypes
+    select(TypeError, "mask must be bool or int8, got float32", mask=zeros(2, 5)),
+    importance(TypeError, f"probs must be {FLOATS}, got int64", probs=zeros(2, 5, dtype=I64),
+               mask=zeros(2, 5, dtype=torch.bool)),
     combining(TypeError, f"base must be {FLOATS}, got int64", base=zeros(2, 5, 4, dtype=I64)),
     combining(TypeError, "updates must be float32 as base is, got float16", updates=zeros(7, 4, dtype=HALF)),
     combining(TypeError, "gates must be float32 as base is, got float16", gates=zeros(7, dtype=HALF)),
@@ -164,6 +168,9 @@ REFUSALS = [
              grad_output=zeros(4), indices=zeros(7, dtype=I64), gates=None),
     backward("_combine_gates_grad", ValueError, "updates must be [t, d] = [7, 4], got [7, 3]",
              grad_output=zeros(5, 4), updates=zeros(7, 3), indices=zeros(7, dtype=I64)),
+    select(ValueError, "mask must be [b, s] = [2, 5], got [5]", mask=zeros(5, dtype=torch.bool)),
+    importance(ValueError, "mask must be [b, s] = [2, 5], got [2, 6]", mask=zeros(2, 6, dtype=torch.int8)),
+    importance(ValueError, "top_k must be in [1, s] = [1, 5], got 6", top_k=6, mask=zeros(2, 5, dtype=torch.int8)),
     # values
     multi_head(ValueError, "num_heads must be >= 1 and divide h = 4, got 3", num_heads=3),
     multi_head(ValueError, "num_heads must be >= 1 and divide h = 4, got 0", num_heads=0),
@@ -194,6 +201,8 @@ REFUSALS = [
     combining(RuntimeError, "gates must be on cpu as base is, got meta", gates=zeros(7, device=ELSEWHERE)),
     combining(RuntimeError, "indices must be on cpu as base is, got meta",
               indices=zeros(7, dtype=I64, device=ELSEWHERE)),
+    select(RuntimeError, "mask must be on cpu as probs is, got meta",
+           mask=zeros(2, 5, dtype=torch.bool, device=ELSEWHERE)),
     select(RuntimeError, "top_p must be on cpu or cpu as probs is, got meta",
            top_p=torch.zeros((), device=ELSEWHERE)),
 ]  # fmt: skip
