@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mhmatmul_ext
-from mhmatmul_ext import functional
+from mhmatmul_ext import functional, nn
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -39,6 +39,13 @@ def test_docstring_examples(name):
     results = [doctest.DocTestRunner().run(example) for example in examples]
     assert sum(result.attempted for result in results) >= 2
     assert sum(result.failed for result in results) == 0
+
+
+def test_docstring_examples_of_modules():
+    names = {"torch": torch, **{name: getattr(nn, name) for name in nn.__all__}}
+    examples = [example for example in doctest.DocTestFinder().find(nn, globs=names) if example.examples]
+    assert len(examples) >= 4
+    assert sum(doctest.DocTestRunner().run(example).failed for example in examples) == 0
 
 
 def test_public_functions_and_reference_have_one_signature():
