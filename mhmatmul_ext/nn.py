@@ -304,7 +304,10 @@ class MixtureOfDepths(nn.Module):
         """`top_k` for sequences of `s` tokens; None for empty ones, which have no place to give."""
         if s == 0:
             return None
-        return min(s, self.top_k) if self.top_k is not None else math.ceil((self.capacity or 0) * s)
+        if self.top_k is not None:
+            return min(s, self.top_k)
+        assert self.capacity is not None
+        return max(1, math.ceil(self.capacity * s - 1e-9))  # 0.07 * 100 is 7.000000000000001
 
 
 def _check_sizes(name: str, num_heads: object, **sizes: object) -> None:

@@ -246,6 +246,9 @@ def test_modes():
         assert output.shape == input.shape
         assert routing.auxiliary_loss().isfinite()
     assert torch.equal(layer(input), input)
+    for capacity, kept in [(0.07, 7), (0.071, 8), (1e-12, 1), (1.0, 100)]:
+        selection = MixtureOfDepths(block, 4, capacity=capacity).route(torch.randn(1, 100, 4)).selection
+        assert len(selection.indices) == selection.max_seqlen == kept
     assert MixtureOfDepths(block, 4, capacity=0.5)(torch.randn(2, 0, 4)).shape == (2, 0, 4)
 
 
