@@ -245,6 +245,20 @@ void check_importance_grad(std::string_view op, const Tensor& grad_output, const
   check_shape(op, "grad_output", grad_output, axes);
 }
 
+CombineSizes check_combine(std::string_view op, const char* rows_name, const Tensor& rows,
+                           const OptionalTensor& updates, const Tensor& indices, const OptionalTensor& gates) {
+  check_operand_dtype(op, rows_name, rows);
+  if (updates) check_beside(op, "updates", *updates, rows_name, rows);
+  if (gates) check_beside(op, "gates", *gates, rows_name, rows);
+  TORCH_CHECK_VALUE(rows.dim() == 2 || rows.dim() == 3, op, ": ", rows_name, " must be [b, s, d] or [m, d], got ",
+                    text(rows.sym_sizes()));
+  check_index_tensor(op, indices, rows_name, rows);
+  const SymInt d = rows.sym_size(-1), t = indices.sym_size(0);
+  if (updates) check_shape(op, "updates", *updates, {{"t", t}, {"d", d}});
+  if (gates) check_shape(op, "gates", *gates, {{"t", t}});
+  return {rows.dim() == 3 ? rows.sym_size(0) * rows.sym_size(1) : rows.sym_size(0), d, t};
+}
+
 void check_indices(std::string_view op, const int64_t* indices, int64_t t, int64_t m) {
   for (int64_t r = 0; r < t; ++r) {
     TORCH_CHECK_INDEX(indices[r] >= -1 && indices[r] < m, op, ": indices must be in [-1, m) = [-1, ", text(m),
@@ -275,6 +289,10 @@ TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {
             std::optional<double> top_p_value, const OptionalTensor& top_p, std::optional<SymInt> top_k) {
            check_importance_head_matmul(op, input, weight, probs, top_p_value, top_p, top_k);
          });
+  m.impl("_check_combine", [](std::string_view op, std::string_view rows_name, const Tensor& rows,
+                              const OptionalTensor& updates, const Tensor& indices, const OptionalTensor& gates) {
+    check_combine(op, std::string(rows_name).c_str(), rows, updates, indices, gates);
+  });
 }
 
 }  // namespace mhmatmul

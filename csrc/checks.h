@@ -49,6 +49,15 @@ void check_importance_head_matmul(std::string_view op, const Tensor& input, cons
 void check_importance_grad(std::string_view op, const Tensor& grad_output, const Tensor& input, bool is_static,
                            const HeadSizes& sizes, c10::SymIntArrayRef rows);
 
+struct CombineSizes {
+  SymInt m, d, t;
+};
+
+// rows [b, s, d] or [m, d] (`rows_name` in messages: base, or the gradient that has its shape), updates [t, d], indices
+// [t], gates [t].
+CombineSizes check_combine(std::string_view op, const char* rows_name, const Tensor& rows,
+                           const OptionalTensor& updates, const Tensor& indices, const OptionalTensor& gates);
+
 // Every index in [-1, m), else IndexError; for devices whose memory the host can read. Returns whether any is
 // -1.
 void check_indices(std::string_view op, const int64_t* indices, int64_t t, int64_t m);

@@ -79,6 +79,14 @@ TORCH_LIBRARY(mhmatmul, m) {
       "SymInt? top_k) -> (Tensor output, Tensor indices, Tensor cu_seqlens)",
       data_dependent);
 
+  // base [b, s, d] or [m, d] with gates[r] * updates[r] added at flat row indices[r]: updates [t, d], gates [t]; -1
+  // adds nothing, repeated indices add up in order.
+  m.def("combine(Tensor base, Tensor updates, Tensor indices, Tensor? gates=None) -> Tensor", tags);
+  // Gradient of its updates: gates[r] * grad_output[indices[r]], [t, d], zeros for -1.
+  m.def("_combine_updates_grad(Tensor grad_output, Tensor indices, Tensor? gates) -> Tensor", tags);
+  // Gradient of its gates: grad_output[indices[r]] . updates[r], [t], zero for -1.
+  m.def("_combine_gates_grad(Tensor grad_output, Tensor updates, Tensor indices) -> Tensor", tags);
+
   // multi_head_matmul of the selected tokens: [b, s, h], [h, e], [b, s] -> [t, nh, e] and the selection.
   m.def(
       "importance_matmul(Tensor input, Tensor weight, Tensor probs, SymInt num_heads, float top_p=1.0, "
@@ -117,6 +125,8 @@ TORCH_LIBRARY(mhmatmul, m) {
       "_check_importance_head_matmul(str op, Tensor input, Tensor weight, Tensor probs, float? top_p_value, "
       "Tensor? top_p, SymInt? top_k) -> ()",
       tags);
+  m.def("_check_combine(str op, str rows_name, Tensor rows, Tensor? updates, Tensor indices, Tensor? gates=None) -> ()",
+        tags);
 }
 
 namespace {
@@ -212,6 +222,21 @@ std::tuple<Tensor, Tensor, Tensor> importance_head_matmul(const Tensor& input, c
                                                           const OptionalTensor& top_p, std::optional<SymInt> top_k) {
   static const auto op = typed<decltype(importance_head_matmul)>("mhmatmul::_importance_head_matmul");
   return op.call(input, weight, probs, top_p_value, top_p, std::move(top_k));
+}
+
+Tensor combine(const Tensor& base, const Tensor& updates, const Tensor& indices, const OptionalTensor& gates) {
+  static const auto op = typed<decltype(combine)>("mhmatmul::combine");
+  return op.call(base, updates, indices, gates);
+}
+
+Tensor combine_updates_grad(const Tensor& grad_output, const Tensor& indices, const OptionalTensor& gates) {
+  static const auto op = typed<decltype(combine_updates_grad)>("mhmatmul::_combine_updates_grad");
+  return op.call(grad_output, indices, gates);
+}
+
+Tensor combine_gates_grad(const Tensor& grad_output, const Tensor& updates, const Tensor& indices) {
+  static const auto op = typed<decltype(combine_gates_grad)>("mhmatmul::_combine_gates_grad");
+  return op.call(grad_output, updates, indices);
 }
 
 std::tuple<Tensor, Tensor, Tensor> importance_matmul(const Tensor& input, const Tensor& weight, const Tensor& probs,

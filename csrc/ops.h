@@ -1,5 +1,5 @@
 // The operators, called from C++ through the dispatcher. Schemas and their meaning: ops.cpp.
-// Sizes by letter: b sequences, s positions, h hidden, nh heads, hd = h / nh, e embed, t (kept) rows, m rows.
+// Sizes by letter: b sequences, s positions, h hidden, nh heads, hd = h / nh, e embed, t (kept) rows, m rows, d width.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -41,6 +41,11 @@ std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output
 std::tuple<Tensor, Tensor, Tensor> importance_head_matmul(const Tensor& input, const Tensor& weight,
                                                           const Tensor& probs, std::optional<double> top_p_value,
                                                           const OptionalTensor& top_p, std::optional<SymInt> top_k);
+
+Tensor combine(const Tensor& base, const Tensor& updates, const Tensor& indices, const OptionalTensor& gates);
+Tensor combine_updates_grad(const Tensor& grad_output, const Tensor& indices, const OptionalTensor& gates);
+Tensor combine_gates_grad(const Tensor& grad_output, const Tensor& updates, const Tensor& indices);
+
 std::tuple<Tensor, Tensor, Tensor> importance_matmul(const Tensor& input, const Tensor& weight, const Tensor& probs,
                                                      SymInt num_heads, double top_p, std::optional<SymInt> top_k);
 std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor(const Tensor& input, const Tensor& weight,

@@ -1,4 +1,4 @@
-"""Command line: `python -m mhmatmul_ext info`."""
+"""Command line: `python -m mhmatmul_ext info|check|bench`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 import platform
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 import mhmatmul_ext
-from mhmatmul_ext import _C, _load
+from mhmatmul_ext import _C, _bench, _load
+from mhmatmul_ext._check import checks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,12 +44,60 @@ def _operators() -> list[str]:
     return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mhmatmul::"))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit code is 0 for success and 2 for wrong usage."""
-    parser = argparse.ArgumentParser(prog="python -m mhmatmul_ext", description=mhmatmul_ext.__doc__)
+def check() -> int:
+    """Compare this installation with the reference; 1 if anything differs."""
+    failed = 0
+    for name, value in info():
+        if not name.startswith("mhmatmul::"):
+            print(f"{name:<42} {value}")
+    for name, fault in checks():
+        failed += fault is not None
+        print(f"{'ok' if fault is None else 'FAILED':<8}{name}{'' if fault is None else f': {fault}'}", flush=True)
+    print(f"{failed} checks failed" if failed else "all checks passed")
+    return int(failed > 0)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line; wrong usage ends the program with exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mhmatmul_ext",
+        description=mhmatmul_ext.__doc__,
+        epilog="Exit codes: 0 all right, 1 a result is wrong, 2 wrong usage.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, build configuration, backends and registered operators")
-    parser.parse_args(arguments)
+    commands.add_parser("check", help="compare this installation with the reference, in seconds; for bug reports")
+    bench = commands.add_parser("bench", help="speed against plain PyTorch and against the machine's limits")
+    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    bench.add_argument("--dtype", choices=list(_bench.DTYPES), default="float32")
+    bench.add_argument("--shapes", nargs="+", default=_bench.SHAPES, metavar="ROWSxHEADSxINxOUT")
+    bench.add_argument(
+        "--opponents", nargs="+", choices=list(_bench.OPPONENTS), default=list(_bench.OPPONENTS), metavar="NAME",
+        help=", ".join(_bench.OPPONENTS),
+    )  # fmt: skip
+    bench.add_argument("--seconds", type=float, default=0.5, help="how long to time each, at least (default 0.5)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw them there; needs matplotlib")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0 for success, 1 for a wrong result and 2 for wrong usage."""
+    options = parse(arguments)
+    if options.command == "check":
+        return check()
+    if options.command == "bench":
+        try:
+            _bench.bench(options)
+        except _bench.UserError as error:
+            print(f"python -m mhmatmul_ext bench: error: {error}", file=sys.stderr)
+            return 2
+        except ArithmeticError as error:
+            print(f"FAILED: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 130
+        return 0
     for name, value in info():
         print(f"{name:<42} {value}")
     return 0

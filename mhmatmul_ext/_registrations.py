@@ -77,6 +77,24 @@ def _(
     return input.new_empty(input.shape), weight.new_empty(weight.shape)
 
 
+@_fake("combine")
+def _(base: Tensor, updates: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
+    _ops._check_combine("combine", "base", base, updates, indices, gates)
+    return base.new_empty(base.shape)
+
+
+@_fake("_combine_updates_grad")
+def _(grad_output: Tensor, indices: Tensor, gates: Tensor | None) -> Tensor:
+    _ops._check_combine("_combine_updates_grad", "grad_output", grad_output, None, indices, gates)
+    return grad_output.new_empty((indices.shape[0], grad_output.shape[-1]))
+
+
+@_fake("_combine_gates_grad")
+def _(grad_output: Tensor, updates: Tensor, indices: Tensor) -> Tensor:
+    _ops._check_combine("_combine_gates_grad", "grad_output", grad_output, updates, indices)
+    return grad_output.new_empty((indices.shape[0],))
+
+
 def _new_selection(probs: Tensor) -> tuple[Tensor, Tensor]:
     kept = torch.library.get_ctx().new_dynamic_size()
     torch._check(kept <= probs.numel())

@@ -42,7 +42,7 @@ _ops = torch.ops.mhmatmul
 
 # The dimensions of each operator's tensors by letter, as in einsum: a rule shards one letter wherever it stands. An
 # operand without it is replicated, a result without it is a partial sum. m counts rows that indices name, and stays
-# whole.
+# whole, as does what stands before it.
 _DIMENSIONS = {
     "head_matmul": "...nd,nde,ne->...ne",
     "_head_matmul_wgrad": "...ne,...nd->nde",
@@ -52,9 +52,13 @@ _DIMENSIONS = {
     "_gather_head_matmul_dgrad": "tne,nde,t->mnd",
     "_gather_head_matmul_wgrad": "tne,mnd,t->nde",
     "_gather_head_matmul_backward": "tne,mnd,nde,t->mnd,nde",
+    "combine": "...md,td,t,t->...md",
+    "_combine_updates_grad": "...md,t,t->td",
+    "_combine_gates_grad": "...md,td,t->t",
     "select_important_static": ",->,",  # its indices count the rows of the whole batch
 }
-_BIAS = "ne"  # the last operand of those that have one
+# Which operand is added to the result: partial sums would hold it once for each device.
+_ADDED = {"head_matmul": 2, "gather_head_matmul": 3, "combine": 0}
 
 _NO_FIXED_SIZE = (
     "select_important: the number of kept tokens depends on data, so no DTensor can hold them; give capacity= for a "
@@ -81,8 +85,8 @@ def register() -> None:
         >>> distributed.register()
 
     """
-    for name, dimensions in _DIMENSIONS.items():
-        register_sharding(getattr(_ops, name).default)(functools.partial(_shardings, dimensions))
+    for name in _DIMENSIONS:
+        register_sharding(getattr(_ops, name).default)(functools.partial(_shardings, name))
     for name, reason in _REFUSED.items():
         torch.library.register_torch_dispatch(f"mhmatmul::{name}", DTensor, functools.partial(_refuse, reason))
 
@@ -94,13 +98,13 @@ def _refuse(reason: str, *args: Any) -> Any:
 Sharding = tuple[list[Placement | None], list[Placement | None]]  # of results, of arguments
 
 
-def _shardings(dimensions: str, *args: Any) -> list[Sharding]:
+def _shardings(op: str, *args: Any) -> list[Sharding]:
     """What one dimension of a mesh may do: replicate all, or shard one letter."""
     leading = string.ascii_uppercase[: args[0].ndim - 2]
-    operands, results = (side.split(",") for side in dimensions.replace("...", leading).split("->"))
+    operands, results = (side.split(",") for side in _DIMENSIONS[op].replace("...", leading).split("->"))
     named = itertools.zip_longest(args, operands, fillvalue="")
     names = [name if hasattr(argument, "placements") else None for argument, name in named][: len(args)]
-    has_bias = f",{_BIAS}->" in dimensions and _BIAS in names
+    adds = op in _ADDED and any(name is not None for name in names[_ADDED[op] : _ADDED[op] + 1])
 
     def place(name: str | None, letter: str, without: Placement) -> Placement | None:
         if name is None:
@@ -108,10 +112,11 @@ def _shardings(dimensions: str, *args: Any) -> list[Sharding]:
         return Shard(name.index(letter)) if letter in name else without
 
     allowed: list[Sharding] = [([Replicate() for _ in results], [place(name, "?", Replicate()) for name in names])]
-    for letter in sorted({*"".join(operands)} - {"m"}):
+    whole = {"m", *(leading if "m" in operands[0] else "")}
+    for letter in sorted({*"".join(operands)} - whole):
         placed = [place(name, letter, Partial()) for name in results]
-        if has_bias and Partial() in placed:
-            continue  # each device would add the whole bias
+        if adds and Partial() in placed:
+            continue
         allowed.append((placed, [place(name, letter, Replicate()) for name in names]))
     return allowed
 

@@ -73,6 +73,7 @@ def select_important(
     top_k: int | None = None,
     *,
     capacity: int | None = None,
+    mask: Tensor | None = None,  # [b, s]
 ) -> tuple[Tensor, Tensor]:
     """Find the tokens whose score reaches `top_p` and is among the `top_k` highest of their sequence.
 
@@ -85,6 +86,10 @@ def select_important(
             it; or a 0-d tensor, whose range is not checked, which causes no recompilation and no synchronisation.
         top_k: how many tokens a sequence may keep, in [1, s]; None for `s`.
         capacity: None, or a fixed number of places per sequence for a result whose size does not depend on data.
+        mask: `[b, s]` on the device of `probs`: which tokens are not left to their scores. bool: False is never kept,
+            as padding. int8: negative is never kept, zero is left to its score, positive is protected: kept whatever
+            its score, NaN included, and given a place before any other. Protected tokens count among the `top_k` and
+            the `capacity`; where there are more of them than places, their scores decide as ever, NaN below all.
 
     Returns:
         Without `capacity`: `indices` `[t]` int64, `i*s + j` for each kept token, sequence after sequence, positions
@@ -95,8 +100,8 @@ def select_important(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: `probs` not `[b, s]`, `top_p` outside [0, 1] or NaN, `top_k` outside [1, s], a negative
-            `capacity`; more than 2^31 - 1 kept tokens.
-        RuntimeError: `top_p` a tensor on another accelerator than `probs`.
+            `capacity`, a `mask` of another shape; more than 2^31 - 1 kept tokens.
+        RuntimeError: `top_p` a tensor on another accelerator than `probs`; `mask` on another device.
 
     Equivalent in plain PyTorch (`reference.select_important` spells it out)::
 
@@ -116,6 +121,8 @@ def select_important(
     op = "select_important"
     _check_tensors(op, probs=probs)
     _check_selection(op, top_p, top_k, capacity)
+    if mask is not None:
+        probs, top_p = _masked(op, probs, top_p, top_k, capacity, mask)
     selection: tuple[Tensor, Tensor]
     if capacity is not None:
         selection = _ops.select_important_static.default(probs, _threshold(op, probs, top_p), top_k, capacity)
@@ -136,6 +143,7 @@ def matmul_with_importance(
     top_k: int | None = None,
     *,
     capacity: int | None = None,
+    mask: Tensor | None = None,  # [b, s]
 ) -> Result:
     """Multi-head matmul of the tokens that `select_important` keeps, and on request its explicit gradients.
 
@@ -153,6 +161,7 @@ def matmul_with_importance(
         top_p: threshold, as in `select_important`.
         top_k: how many tokens a sequence may keep, as in `select_important`.
         capacity: a fixed number of places per sequence, as in `select_important`; unused places are zero rows.
+        mask: `[b, s]`, bool or int8: tokens never kept or protected, as in `select_important`.
 
     Returns:
         `(output, grad_input, grad_weight)`: `output` `[t, nh, e]` in selection order, or `[b, capacity, nh, e]`;
@@ -166,7 +175,7 @@ def matmul_with_importance(
 
     Equivalent in plain PyTorch::
 
-        indices, _ = select_important(probs, top_p, top_k)
+        indices, _ = select_important(probs, top_p, top_k, mask=mask)
         output = matmul_with_multi_head(input.flatten(0, 1)[indices], weight, num_heads)
 
     Example:
@@ -185,6 +194,8 @@ def matmul_with_importance(
     _check_tensors(op, optional=True, grad_output=grad_output)
     _check_ints(op, num_heads=num_heads)
     _check_selection(op, top_p, top_k, capacity)
+    if mask is not None:
+        probs, top_p = _masked(op, probs, top_p, top_k, capacity, mask)
     if grad_output is not None:
         threshold = _threshold(op, probs, top_p)
         output, grad_input, grad_weight, _ = _ops._importance_matmul_grads.default(
@@ -199,9 +210,85 @@ def matmul_with_importance(
     return output, None, None
 
 
+def combine(
+    base: Tensor,  # [b, s, d] or [m, d]
+    updates: Tensor,  # [t, d]
+    indices: Tensor,  # [t]
+    gates: Tensor | None = None,  # [t]
+) -> Tensor:
+    """Put tokens back: add `gates[r] * updates[r]` to `base` at flat row `indices[r]`.
+
+    The result is a new tensor, `base` untouched. Sums are taken in float32 (float64 for float64) in the order of the
+    updates and rounded once, so a repeated call gives the same bits, repeated indices or not. Differentiable in
+    `base`, `updates` and `gates`. Under autocast the operands are widened to the widest of their dtypes.
+
+    Args:
+        base: `[b, s, d]` or `[m, d]`, any strides; float32, float16, bfloat16 or float64.
+        updates: `[t, d]`, of the dtype and device of `base`, any strides.
+        indices: `[t]` int64, as `select_important` gives them: rows of `base`, counted through `b * s`. They may
+            repeat, and add up; -1 adds nothing. On CUDA an index that names no row adds nothing either.
+        gates: `[t]`, of the dtype and device of `base`, a factor for each update; None for ones.
+
+    Returns:
+        A tensor of the shape and dtype of `base`, contiguous.
+
+    Raises:
+        TypeError: an argument of the wrong type, a dtype not taken, operands of two dtypes.
+        ValueError: a wrong rank or shape.
+        IndexError: on CPU, an index outside [-1, b * s).
+        RuntimeError: operands on different devices.
+
+    Equivalent in plain PyTorch, where no index is -1::
+
+        base.flatten(0, -2).index_add(0, indices, gates[:, None] * updates).view_as(base)
+
+    Example:
+        >>> base, updates = torch.zeros(2, 3, 1), torch.tensor([[1.0], [2.0], [3.0]])
+        >>> combine(base, updates, torch.tensor([0, 4, 4]), gates=torch.tensor([1.0, 0.5, 2.0])).flatten().tolist()
+        [1.0, 0.0, 0.0, 0.0, 7.0, 0.0]
+
+    Source: the weighted return of processed tokens to the residual stream in Mixture-of-Depths (arXiv:2404.02258,
+    equation 1).
+
+    """
+    op = "combine"
+    _check_tensors(op, base=base, updates=updates, indices=indices)
+    _check_tensors(op, optional=True, gates=gates)
+    output: Tensor = _ops.combine.default(base, updates, indices, gates)
+    return output
+
+
 def _threshold(op: str, probs: Tensor, top_p: float | Tensor) -> Tensor:
     threshold: Tensor = top_p if isinstance(top_p, Tensor) else _ops._threshold.default(op, probs, top_p)
     return threshold
+
+
+def _masked(
+    op: str, probs: Tensor, top_p: float | Tensor, top_k: int | None, capacity: int | None, mask: object
+) -> tuple[Tensor, float | Tensor]:
+    """Scores and a threshold that select alone what the given ones select under the mask."""
+    threshold = (None, top_p) if isinstance(top_p, Tensor) else (top_p, None)
+    _ops._check_select.default(op, probs, *threshold, top_k, capacity)
+    if not isinstance(mask, Tensor):
+        raise _wrong_type(op, "mask", "a Tensor", True, mask)
+    if mask.dtype not in (torch.bool, torch.int8):
+        raise TypeError(f"{op}: mask must be bool or int8, got {str(mask.dtype).removeprefix('torch.')}")
+    if mask.device != probs.device:
+        raise RuntimeError(f"{op}: mask must be on {probs.device} as probs is, got {mask.device}")
+    if mask.shape != probs.shape:
+        raise ValueError(f"{op}: mask must be [b, s] = {list(probs.shape)}, got {list(mask.shape)}")
+    probs = probs.detach()
+    if mask.dtype == torch.bool:
+        return probs.masked_fill(~mask, torch.nan), top_p
+    # No score is above all others, infinity may be taken: so ranks stand for scores, protected tokens first.
+    protected, reaches = mask > 0, (mask == 0) & (probs >= top_p)
+    scores = probs.masked_fill(protected & probs.isnan(), -torch.inf) + 0.0  # one zero: sorts may tell -0.0 from it
+    by_score = scores.sort(dim=1, descending=True, stable=True).indices
+    classes = torch.where(protected, 0, torch.where(reaches, 1, 2)).gather(1, by_score)
+    order = by_score.gather(1, classes.sort(dim=1, stable=True).indices)
+    falling = torch.arange(probs.shape[1], 0, -1, dtype=torch.float64, device=probs.device).expand_as(order)
+    ranks = torch.empty_like(probs, dtype=torch.float64).scatter(1, order, falling)
+    return ranks.masked_fill(~(protected | reaches), torch.nan), 0.0
 
 
 # Types are checked here, values in C++ (csrc/checks.h): a wrong type never reaches an operator's schema. Every call

@@ -7,6 +7,7 @@ how the tests use it. Everything is differentiable by plain autograd. Arguments 
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -37,23 +38,33 @@ def select_important(
     top_k: int | None = None,
     *,
     capacity: int | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sequence by sequence: what reaches the threshold, best first, ties by position, cut, back in order."""
+    """Sequence by sequence: what reaches the threshold, best first, ties by position, cut, back in order.
+
+    Protected tokens need not reach it and come before the best.
+    """
     b, s = probs.shape
+    if mask is None:
+        mask = torch.zeros(b, s, dtype=torch.int8)
+    elif mask.dtype == torch.bool:
+        mask = mask.to(torch.int8) - 1
+    wishes = mask.tolist()  # 1 protected, 0 by its score, -1 never
     reaches = (probs >= top_p).tolist()
-    scores = probs.tolist()
+    scores = [[-math.inf if math.isnan(score) else score for score in row] for row in probs.tolist()]
     kept: list[list[int]] = []
     counts: list[int] = []
     for i in range(b):
-        survivors = [j for j in range(s) if reaches[i][j] and not math.isnan(scores[i][j])]
-        best_first = sorted(survivors, key=lambda j: (-scores[i][j], j))[: s if top_k is None else top_k]
+        survivors = [j for j in range(s) if wishes[i][j] > 0 or (wishes[i][j] == 0 and reaches[i][j])]
+        best_first = sorted(survivors, key=lambda j: (wishes[i][j] <= 0, -scores[i][j], j))
+        best_first = best_first[: s if top_k is None else top_k]
         counts.append(len(best_first))
         kept.append([i * s + j for j in sorted(best_first[:capacity])])
     if capacity is not None:
         padded = [row + [-1] * (capacity - len(row)) for row in kept]
         indices = torch.tensor(padded, dtype=torch.int64, device=probs.device).reshape(b, capacity)
         return indices, torch.tensor(counts, dtype=torch.int64, device=probs.device)
-    starts = [sum(counts[:i]) for i in range(b + 1)]
+    starts = [0, *accumulate(counts)]
     indices = torch.tensor([index for row in kept for index in row], dtype=torch.int64, device=probs.device)
     return indices, torch.tensor(starts, dtype=torch.int32, device=probs.device)
 
@@ -68,9 +79,10 @@ def matmul_with_importance(
     top_k: int | None = None,
     *,
     capacity: int | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Select, multiply the selected rows, and differentiate the product by autograd in float64."""
-    indices, _ = select_important(probs, top_p, top_k, capacity=capacity)
+    indices, _ = select_important(probs, top_p, top_k, capacity=capacity, mask=mask)
     places = indices.flatten()
     is_token = places >= 0
 
@@ -90,3 +102,12 @@ def matmul_with_importance(
             exact_output, (exact_input, exact_weight), grad_output.detach().double()
         )
     return exact_output.detach().to(input.dtype), grad_input.to(input.dtype), grad_weight.to(weight.dtype)
+
+
+def combine(base: Tensor, updates: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
+    """Update by update, in order."""
+    rows = list(base.double().flatten(0, -2).unbind())
+    for r, row in enumerate(indices.tolist()):
+        if row >= 0:
+            rows[row] = rows[row] + updates[r].double() * (1 if gates is None else gates[r].double())
+    return torch.stack(rows).to(base.dtype).reshape(base.shape) if rows else base.clone()

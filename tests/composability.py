@@ -110,10 +110,11 @@ def floating(result: Any) -> tuple[Tensor, ...]:
 
 
 GATHER, SELECTED, STATIC = ("gather_head_matmul",), ("_importance_head_matmul",), "select_important_static"
+NO_PRODUCT = (0, 0)
 
 
 def selection(name: str, arguments: Callable[[Make, Sizes], tuple[Any, ...]], is_ragged: bool) -> Row:
-    return Row(name, arguments, (name,), (0, 0), is_differentiable=False, is_ragged=is_ragged, is_cast=False)
+    return Row(name, arguments, (name,), NO_PRODUCT, is_differentiable=False, is_ragged=is_ragged, is_cast=False)
 
 
 ROWS = [
@@ -180,6 +181,27 @@ ROWS = [
         lambda t, z: (t(z.t, z.nh, z.e), t(z.m, z.nh, z.hd), t(z.nh, z.hd, z.e), t.indices(z)),
         ("_gather_head_matmul_backward",),
         (2, 4),
+        is_cast=False,
+    ),
+    Row(
+        "combine",
+        lambda t, z: (t(z.b, z.s, z.e), t(z.t, z.e), t.indices(z), t(z.t)),
+        ("combine",),
+        NO_PRODUCT,
+        is_cast=False,
+    ),
+    Row(
+        "_combine_updates_grad",
+        lambda t, z: (t(z.b, z.s, z.e), t.indices(z), t(z.t)),
+        ("_combine_updates_grad",),
+        NO_PRODUCT,
+        is_cast=False,
+    ),
+    Row(
+        "_combine_gates_grad",
+        lambda t, z: (t(z.b, z.s, z.e), t(z.t, z.e), t.indices(z)),
+        ("_combine_gates_grad",),
+        NO_PRODUCT,
         is_cast=False,
     ),
     selection("select_important", lambda t, z: (t.scores(z), 0.4, 2), is_ragged=True),

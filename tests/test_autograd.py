@@ -11,7 +11,7 @@ from support import assert_as_exact, einsum_heads
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
 
-from mhmatmul_ext import matmul_with_importance, matmul_with_multi_head, reference, select_important
+from mhmatmul_ext import combine, matmul_with_importance, matmul_with_multi_head, reference, select_important
 
 ops = torch.ops.mhmatmul
 INDICES = [2, -1, 0, 2, 3, -1]
@@ -93,6 +93,11 @@ def test_operands_changed_before_backward_are_noticed(device):
         output.sum().backward()
 
 
+def combined(input, weight, indices, cu_seqlens):
+    rows = input.flatten(0, 1)[indices]
+    return combine(input, (rows @ weight @ weight.t()).square(), indices, rows.sum(-1))
+
+
 COMPILED = {
     "multi head": lambda x, w, p, g: matmul_with_multi_head(x, w, 2).square(),
     "multi head with bias": lambda x, w, p, g: matmul_with_multi_head(x, w, 2, bias=w[:2]).square(),
@@ -103,6 +108,10 @@ COMPILED = {
     "importance, static": lambda x, w, p, g: matmul_with_importance(
         x, w, p, num_heads=2, top_p=0.5, top_k=3, capacity=2
     )[0].square(),
+    "importance, protected": lambda x, w, p, g: matmul_with_importance(
+        x, w, p, num_heads=2, top_p=0.5, top_k=3, mask=(x[..., 0] > 0).to(torch.int8)
+    )[0].square(),
+    "selected tokens put back": lambda x, w, p, g: combined(x, w, *select_important(p, 0.5, 3)),
     "selection and a layer": lambda x, w, p, g: torch.nn.functional.layer_norm(
         x.flatten(0, 1)[select_important(p, 0.5, 3)[0]], (8,)
     ),
@@ -117,7 +126,7 @@ def test_compile_fullgraph(name, dynamic, device):
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
     fills = [None, 0.0, 1.0]  # some tokens, none, all
-    if device == "cuda" and name == "selection and a layer":
+    if device == "cuda" and name in ("selection and a layer", "selected tokens put back"):
         fills.remove(0.0)  # the launcher that Inductor writes for torch's own indexing divides by zero for no rows
     for fill in fills:
         input = torch.randn(2, 5, 8, device=device, requires_grad=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -27,6 +28,7 @@ CONTRACT = {
     "multi_head_matmul(Tensor input, Tensor weight, SymInt num_heads) -> Tensor",
     "select_important(Tensor probs, float top_p=1., SymInt? top_k=None) -> (Tensor indices, Tensor cu_seqlens)",
     "gather_head_matmul(Tensor input, Tensor weight, Tensor indices, Tensor? bias=None) -> Tensor",
+    "combine(Tensor base, Tensor updates, Tensor indices, Tensor? gates=None) -> Tensor",
     "select_important_static(Tensor probs, Tensor top_p, SymInt? top_k, SymInt capacity) -> "
     "(Tensor indices, Tensor counts)",
     "importance_matmul(Tensor input, Tensor weight, Tensor probs, SymInt num_heads, float top_p=1., "
@@ -172,7 +174,7 @@ def test_cuda_library_has_code_for_the_architectures():
     for architecture in re.findall(r"(\d+)\.(\d+)", architectures):
         assert f"sm_{''.join(architecture)}" in listing
     kernels = run(cuobjdump, "--dump-elf-symbols", _load.LIBRARY)
-    for kernel in ["select_kernel", "copy_rows_kernel", "zero_rows_kernel", "sum_rows_kernel"]:
+    for kernel in ["select_kernel", "copy_rows_kernel", "zero_rows_kernel", "sum_rows_kernel", "combine_rows_kernel"]:
         assert kernel in kernels
 
 
@@ -196,6 +198,22 @@ def test_cmake_builds_the_same_sources(tmp_path):
     run(sys.executable, script, cwd=tmp_path)
 
 
+def test_installed_files():
+    """The package and its metadata, nothing of tests, sources or examples."""
+    files = {str(file) for file in importlib.metadata.files("mhmatmul_ext") or []}
+    if any("__editable__" in file for file in files):
+        pytest.skip("installed in place")
+    metadata = f"mhmatmul_ext-{mhmatmul_ext.__version__}.dist-info"
+    assert {file.partition("/")[0] for file in files} == {"mhmatmul_ext", metadata}
+    assert {"mhmatmul_ext/py.typed", "mhmatmul_ext/_C.pyi", "mhmatmul_ext/libmhmatmul.so"} <= files
+    endings = {Path(file).suffix for file in files if file.startswith("mhmatmul_ext/")}
+    assert endings <= {".py", ".pyi", ".pyc", ".typed", ".so"}
+    assert f"{metadata}/licenses/LICENSE" in files
+    licence = importlib.metadata.distribution("mhmatmul_ext").locate_file(f"{metadata}/licenses/LICENSE")
+    assert Path(licence).read_text() == (ROOT / "LICENSE").read_text()
+    assert importlib.metadata.metadata("mhmatmul_ext")["License-Expression"] == "Apache-2.0"
+
+
 @pytest.mark.slow
 def test_sdist_needs_no_torch(tmp_path):
     script = (
@@ -210,6 +228,7 @@ def test_sdist_needs_no_torch(tmp_path):
     with tarfile.open(tmp_path / name) as archive:
         files = {member.name.partition("/")[2] for member in archive.getmembers()}
     assert {"setup.py", "backend/mhmatmul_build.py", "csrc/ops.cpp", "csrc/cuda/select.cu", "csrc/checks.h"} <= files
+    assert {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "mhmatmul_ext/py.typed", "mhmatmul_ext/nn.py"} <= files
     assert not any(file.endswith(".so") for file in files)
 
 

@@ -21,6 +21,9 @@ SENDS = {
     ("select_important_static", "batch"),  # its indices count the rows of the whole batch
     ("_importance_matmul_tensor, capacity", "batch"),
     ("_importance_matmul_grads, capacity", "batch"),
+    ("combine", "batch"),  # adds all rows to base, which partial sums would hold several times
+    ("_combine_updates_grad", "batch"),
+    ("_combine_gates_grad", "batch"),
     ("head_matmul", "head dimension"),  # with a bias, which partial sums would add several times
     ("gather_head_matmul", "head dimension"),
 }

@@ -13,10 +13,11 @@ import torch
 from composability import COLUMNS, ROWS, applies, markdown
 
 import mhmatmul_ext
-from mhmatmul_ext import functional
+from mhmatmul_ext import functional, nn
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FUNCTIONS = ["combine", "matmul_with_multi_head", "select_important", "matmul_with_importance"]
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -36,7 +37,7 @@ def test_readme_shows_the_composability_table():
     assert "\n".join(markdown(cells)) in README
 
 
-@pytest.mark.parametrize("name", ["matmul_with_multi_head", "select_important", "matmul_with_importance"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstring_examples(name):
     function = getattr(functional, name)
     names = {"torch": torch} | {public: getattr(mhmatmul_ext, public) for public in mhmatmul_ext.__all__}
@@ -46,8 +47,15 @@ def test_docstring_examples(name):
     assert sum(result.failed for result in results) == 0
 
 
+def test_docstring_examples_of_modules():
+    names = {"torch": torch, **{name: getattr(nn, name) for name in nn.__all__}}
+    examples = [example for example in doctest.DocTestFinder().find(nn, globs=names) if example.examples]
+    assert len(examples) >= 4
+    assert sum(doctest.DocTestRunner().run(example).failed for example in examples) == 0
+
+
 def test_public_functions_and_reference_have_one_signature():
-    for name in ["matmul_with_multi_head", "select_important", "matmul_with_importance"]:
+    for name in FUNCTIONS:
         ours, theirs = (getattr(module, name) for module in (functional, mhmatmul_ext.reference))
         arguments = ours.__code__.co_varnames[: ours.__code__.co_argcount + ours.__code__.co_kwonlyargcount]
         assert arguments == theirs.__code__.co_varnames[: len(arguments)]

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mhmatmul_ext import matmul_with_importance, matmul_with_multi_head, select_important
+from mhmatmul_ext import combine, matmul_with_importance, matmul_with_multi_head, select_important
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,6 +68,16 @@ def gather(error, text, **changes):
     return Refusal(ops.gather_head_matmul, arguments, error, f"gather_head_matmul: {text}")
 
 
+def combining(error, text, **changes):
+    arguments = {
+        "base": zeros(2, 5, 4),
+        "updates": zeros(7, 4),
+        "indices": zeros(7, dtype=torch.int64),
+        "gates": zeros(7),
+    } | changes
+    return Refusal(combine, arguments, error, f"combine: {text}")
+
+
 def backward(op, error, text, **arguments):
     return Refusal(getattr(ops, op), arguments, error, f"{op}: {text}")
 
@@ -89,7 +99,18 @@ REFUSALS = [
     importance(TypeError, "top_p must be a number or a 0-d Tensor, got None", top_p=None),
     select(TypeError, "top_p must be a number or a 0-d Tensor, got str", top_p="0.5"),
     select(TypeError, "probs must be a Tensor, got tuple", probs=(0.5,)),
+    combining(TypeError, "base must be a Tensor, got None", base=None),
+    combining(TypeError, "indices must be a Tensor, got list", indices=[0]),
+    combining(TypeError, "gates must be a Tensor or None, got float", gates=1.0),
+    select(TypeError, "mask must be a Tensor or None, got list", mask=[True]),
     # dtypes
+    select(TypeError, "mask must be bool or int8, got float32", mask=zeros(2, 5)),
+    importance(TypeError, f"probs must be {FLOATS}, got int64", probs=zeros(2, 5, dtype=I64),
+               mask=zeros(2, 5, dtype=torch.bool)),
+    combining(TypeError, f"base must be {FLOATS}, got int64", base=zeros(2, 5, 4, dtype=I64)),
+    combining(TypeError, "updates must be float32 as base is, got float16", updates=zeros(7, 4, dtype=HALF)),
+    combining(TypeError, "gates must be float32 as base is, got float16", gates=zeros(7, dtype=HALF)),
+    combining(TypeError, "indices must be int64, got int32", indices=zeros(7, dtype=torch.int32)),
     multi_head(TypeError, f"input must be {FLOATS}, got int64", input=zeros(2, 5, 4, dtype=I64)),
     multi_head(TypeError, f"input must be {FLOATS}, got complex64", input=zeros(2, 5, 4, dtype=torch.complex64)),
     multi_head(TypeError, "weight must be float32 as input is, got float16", weight=zeros(4, 3, dtype=HALF)),
@@ -137,6 +158,19 @@ REFUSALS = [
              grad_output=zeros(6, 2, 3), input=zeros(6, 2, 4), indices=zeros(7, dtype=I64)),
     backward("_gather_head_matmul_backward", ValueError, "input must be [m, nh, hd] = [m, 2, hd], got [6, 3, 4]",
              grad_output=zeros(7, 2, 3), input=zeros(6, 3, 4), weight=zeros(2, 4, 3), indices=zeros(7, dtype=I64)),
+    combining(ValueError, "base must be [b, s, d] or [m, d], got [4]", base=zeros(4)),
+    combining(ValueError, "base must be [b, s, d] or [m, d], got [1, 2, 5, 4]", base=zeros(1, 2, 5, 4)),
+    combining(ValueError, "indices must be [t], got [7, 1]", indices=zeros(7, 1, dtype=I64)),
+    combining(ValueError, "updates must be [t, d] = [7, 4], got [6, 4]", updates=zeros(6, 4)),
+    combining(ValueError, "updates must be [t, d] = [7, 4], got [7, 1, 4]", updates=zeros(7, 1, 4)),
+    combining(ValueError, "gates must be [t] = [7], got [7, 1]", gates=zeros(7, 1)),
+    backward("_combine_updates_grad", ValueError, "grad_output must be [b, s, d] or [m, d], got [4]",
+             grad_output=zeros(4), indices=zeros(7, dtype=I64), gates=None),
+    backward("_combine_gates_grad", ValueError, "updates must be [t, d] = [7, 4], got [7, 3]",
+             grad_output=zeros(5, 4), updates=zeros(7, 3), indices=zeros(7, dtype=I64)),
+    select(ValueError, "mask must be [b, s] = [2, 5], got [5]", mask=zeros(5, dtype=torch.bool)),
+    importance(ValueError, "mask must be [b, s] = [2, 5], got [2, 6]", mask=zeros(2, 6, dtype=torch.int8)),
+    importance(ValueError, "top_k must be in [1, s] = [1, 5], got 6", top_k=6, mask=zeros(2, 5, dtype=torch.int8)),
     # values
     multi_head(ValueError, "num_heads must be >= 1 and divide h = 4, got 3", num_heads=3),
     multi_head(ValueError, "num_heads must be >= 1 and divide h = 4, got 0", num_heads=0),
@@ -163,6 +197,12 @@ REFUSALS = [
                grad_output=zeros(0, 2, 3, device=ELSEWHERE)),
     head(RuntimeError, "weight must be on cpu as input is, got meta", weight=zeros(2, 4, 3, device=ELSEWHERE)),
     gather(RuntimeError, "indices must be on cpu as input is, got meta", indices=zeros(7, dtype=I64, device=ELSEWHERE)),
+    combining(RuntimeError, "updates must be on cpu as base is, got meta", updates=zeros(7, 4, device=ELSEWHERE)),
+    combining(RuntimeError, "gates must be on cpu as base is, got meta", gates=zeros(7, device=ELSEWHERE)),
+    combining(RuntimeError, "indices must be on cpu as base is, got meta",
+              indices=zeros(7, dtype=I64, device=ELSEWHERE)),
+    select(RuntimeError, "mask must be on cpu as probs is, got meta",
+           mask=zeros(2, 5, dtype=torch.bool, device=ELSEWHERE)),
     select(RuntimeError, "top_p must be on cpu or cpu as probs is, got meta",
            top_p=torch.zeros((), device=ELSEWHERE)),
 ]  # fmt: skip

@@ -62,6 +62,21 @@ def test_output_and_explicit_gradients(case, dtype, device, capability):
     assert torch.equal(ours[0], output)
 
 
+@pytest.mark.parametrize("capacity", [None, 4])
+def test_mask(capacity, device):
+    input, weight, probs = make(torch.float32, device)
+    mask = torch.randint(-1, 2, probs.shape, dtype=torch.int8, device=device)
+    selection = {"num_heads": 2, "top_p": 0.4, "top_k": 3, "capacity": capacity, "mask": mask}
+    indices, _ = select_important(probs, 0.4, 3, capacity=capacity, mask=mask)
+    grad_output = torch.randn(*indices.shape, 2, 5, device=device)
+    ours = matmul_with_importance(input, weight, probs, grad_output, **selection)
+    for got, expected in zip(
+        ours, reference.matmul_with_importance(input, weight, probs, grad_output, **selection), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+    assert torch.equal(matmul_with_importance(input, weight, probs, **selection)[0], ours[0])
+
+
 @pytest.mark.parametrize("shape", [(0, 7, 2, 4, 5), (3, 0, 2, 4, 5), (3, 7, 2, 0, 5), (3, 7, 2, 4, 0), (1, 1, 1, 1, 1)])
 def test_empty_sizes(shape, dtype, device):
     input, weight, probs = make(dtype, device, *shape)

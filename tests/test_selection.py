@@ -12,9 +12,9 @@ from mhmatmul_ext import reference, select_important
 NAN, INF = float("nan"), float("inf")
 
 
-def assert_same_selection(probs, top_p=1.0, top_k=None, capacity=None):
-    got = select_important(probs, top_p, top_k, capacity=capacity)
-    expected = reference.select_important(probs, top_p, top_k, capacity=capacity)
+def assert_same_selection(probs, top_p=1.0, top_k=None, capacity=None, mask=None):
+    got = select_important(probs, top_p, top_k, capacity=capacity, mask=mask)
+    expected = reference.select_important(probs, top_p, top_k, capacity=capacity, mask=mask)
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.dtype == theirs.dtype
         assert ours.device == probs.device
@@ -123,6 +123,32 @@ def test_layouts(layout, dtype, device):
     assert_same_selection(probs, 0.3, 7, capacity=5)
 
 
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("top_p", [0.0, 0.5, 1.0])
+def test_masks(row, top_p, dtype, device):
+    probs = torch.tensor([ROWS[row], ROWS[row][::-1]], dtype=dtype, device=device)
+    for wishes in ([0, 0, 0, 1, 1], [-1, 0, 0, 0, -1], [0, -1, 1, -1, 0], [1] * 5):
+        wished = torch.tensor([wishes, wishes[::-1]], dtype=torch.int8, device=device)
+        for mask in (wished, wished >= 0):
+            for top_k, capacity in [(None, None), (1, None), (2, None), (None, 1), (2, 3), (5, 8)]:
+                assert_same_selection(probs, top_p, top_k, capacity, mask)
+
+
+def test_protected_tokens_come_before_any_score(device):
+    probs = torch.tensor([[INF, 0.0, NAN, INF]], device=device)
+    mask = torch.tensor([[0, 1, 1, 0]], dtype=torch.int8, device=device)
+    for top_p in (1.0, torch.tensor(NAN, device=device)):
+        assert select_important(probs, top_p, 2, mask=mask)[0].tolist() == [1, 2]
+        assert select_important(probs, top_p, 1, mask=mask)[0].tolist() == [1]
+    assert select_important(probs, 1.0, 3, mask=mask)[0].tolist() == [0, 1, 2]
+
+
+def test_never_keeping_is_exact_where_infinity_is_kept(device):
+    probs = torch.tensor([[INF, 0.0, INF, -INF]], device=device)
+    mask = torch.tensor([[False, True, True, True]], device=device)
+    assert select_important(probs, torch.tensor(-INF, device=device), mask=mask)[0].tolist() == [1, 2, 3]
+
+
 def test_overflow_shows_and_the_best_stay(device):
     probs = torch.tensor([[0.6, 0.9, 0.7, 0.9, 0.8]], device=device)
     indices, counts = select_important(probs, 0.5, capacity=3)
@@ -149,7 +175,12 @@ def test_any_rows(data, b, s, top_p):
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
     top_k = data.draw(st.none() | st.integers(1, s))
     capacity = data.draw(st.none() | st.integers(0, s + 2))
-    assert_same_selection(torch.tensor(rows, dtype=dtype).reshape(b, s), top_p, top_k, capacity)
+    probs = torch.tensor(rows, dtype=dtype).reshape(b, s)
+    assert_same_selection(probs, top_p, top_k, capacity)
+    wishes = data.draw(st.lists(st.sampled_from([-1, 0, 0, 1]), min_size=b * s, max_size=b * s))
+    mask = torch.tensor(wishes, dtype=torch.int8).reshape(b, s)
+    assert_same_selection(probs, top_p, top_k, capacity, mask)
+    assert_same_selection(probs, top_p, top_k, capacity, mask >= 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -84,6 +84,19 @@ std::tuple<Tensor, Tensor, Tensor> importance_matmul_tensor_autocast(const Tenso
                                                top_p, std::move(top_k), std::move(capacity));
 }
 
+// The widest floating dtype among the operands, as PyTorch's scatter_add: a residual stream keeps its precision.
+template <c10::DeviceType device>
+Tensor combine_autocast(const Tensor& base, const Tensor& updates, const Tensor& indices, const OptionalTensor& gates) {
+  const auto is_operand = [](const Tensor& tensor) { return tensor.defined() && tensor.is_floating_point(); };
+  std::optional<at::ScalarType> widest;
+  for (const Tensor& operand : {base, updates, gates.value_or(Tensor())})
+    if (is_operand(operand))
+      widest = widest ? c10::promoteTypes(*widest, operand.scalar_type()) : operand.scalar_type();
+  const auto widened = [&](const Tensor& tensor) { return is_operand(tensor) ? tensor.to(*widest) : tensor; };
+  return Below<combine>::call(widened(base), widened(updates), indices,
+                              gates ? OptionalTensor(widened(*gates)) : gates);
+}
+
 // The gradients come back in the dtypes that the operands had outside the region, as autograd would give
 // them.
 template <c10::DeviceType device>
@@ -111,6 +124,9 @@ void register_autocast(torch::Library& m) {
   m.impl("_multi_head_matmul_out", Below<multi_head_matmul_out>::call);
   m.impl("_head_matmul_wgrad", Below<head_matmul_wgrad>::call);
   m.impl("_head_matmul_backward", Below<head_matmul_backward>::call);
+  m.impl("combine", combine_autocast<device>);
+  m.impl("_combine_updates_grad", Below<combine_updates_grad>::call);
+  m.impl("_combine_gates_grad", Below<combine_gates_grad>::call);
   m.impl("_gather_head_matmul_dgrad", Below<gather_head_matmul_dgrad>::call);
   m.impl("_gather_head_matmul_wgrad", Below<gather_head_matmul_wgrad>::call);
   m.impl("_gather_head_matmul_backward", Below<gather_head_matmul_backward>::call);

@@ -26,6 +26,17 @@ Tensor gather(const Tensor& input, const Tensor& indices) {
   return input.index_select(0, indices.clamp_min(0)).masked_fill(is_padding(indices), 0);
 }
 
+// [b, s, d] -> [b * s, d]
+Tensor as_rows(const Tensor& tensor) {
+  if (tensor.dim() == 2) return tensor;
+  return tensor.reshape_symint({tensor.sym_size(0) * tensor.sym_size(1), tensor.sym_size(2)});
+}
+
+// Flat rows of [b, s, d] or [m, d] by index, zeros for -1.
+Tensor gather_rows(const Tensor& tensor, const Tensor& indices) {
+  return gather(as_rows(tensor).unsqueeze(1), indices).squeeze(1);
+}
+
 }  // namespace
 
 Tensor head_matmul(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
@@ -79,6 +90,34 @@ std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output
                                                        const Tensor& weight, const Tensor& indices, bool distinct) {
   return {gather_head_matmul_dgrad(grad_output, weight, indices, input.sym_size(0), distinct),
           gather_head_matmul_wgrad(grad_output, input, indices)};
+}
+
+Tensor combine(const Tensor& base, const Tensor& updates, const Tensor& indices, const OptionalTensor& gates) {
+  const Tensor rows = as_rows(base);
+  if (rows.sym_size(0) == 0) return base.clone();
+  const auto sum_dtype = at::toOpMathType(base.scalar_type());
+  Tensor added = updates.to(sum_dtype);
+  if (gates) added = added.mul(gates->to(sum_dtype).unsqueeze(-1));
+  added = added.masked_fill(indices.lt(0).unsqueeze(-1), 0);
+  return rows.to(sum_dtype)
+      .index_add(0, indices.clamp_min(0), added)
+      .to(base.scalar_type())
+      .reshape_symint(base.sym_sizes());
+}
+
+Tensor combine_updates_grad(const Tensor& grad_output, const Tensor& indices, const OptionalTensor& gates) {
+  const Tensor rows = gather_rows(grad_output, indices);
+  return gates ? rows.mul(gates->unsqueeze(-1)).masked_fill(indices.lt(0).unsqueeze(-1), 0) : rows;
+}
+
+Tensor combine_gates_grad(const Tensor& grad_output, const Tensor& updates, const Tensor& indices) {
+  const auto sum_dtype = at::toOpMathType(updates.scalar_type());
+  return gather_rows(grad_output, indices)
+      .to(sum_dtype)
+      .mul(updates.to(sum_dtype))
+      .sum(-1)
+      .masked_fill(indices.lt(0), 0)
+      .to(updates.scalar_type());
 }
 
 }  // namespace mhmatmul::formulas

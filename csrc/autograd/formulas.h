@@ -24,6 +24,10 @@ Tensor gather_head_matmul_wgrad(const Tensor& grad_output, const Tensor& input, 
 std::tuple<Tensor, Tensor> gather_head_matmul_backward(const Tensor& grad_output, const Tensor& input,
                                                        const Tensor& weight, const Tensor& indices, bool distinct);
 
+Tensor combine(const Tensor& base, const Tensor& updates, const Tensor& indices, const OptionalTensor& gates);
+Tensor combine_updates_grad(const Tensor& grad_output, const Tensor& indices, const OptionalTensor& gates);
+Tensor combine_gates_grad(const Tensor& grad_output, const Tensor& updates, const Tensor& indices);
+
 inline bool has_tangent(const Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
 inline bool has_tangent(const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); }
 

@@ -72,13 +72,15 @@ struct ImportanceHeadMatmul : Function<ImportanceHeadMatmul> {
     auto [output, indices, cu_seqlens] = importance_head_matmul(input, weight, probs, top_p_value, top_p, top_k);
     ctx->save_for_backward({kept_if(weight.requires_grad(), input), kept_if(input.requires_grad(), weight), indices});
     ctx->saved_data["m"] = input.sym_size(0);
-    ctx->mark_non_differentiable({indices, cu_seqlens});
+    ctx->set_materialize_grads(false);  // none reaches the integers
     return {output, indices, cu_seqlens};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Tensor& grad_output = grads[0];
+    if (!grad_output.defined()) return variable_list(6);
     const auto saved = ctx->get_saved_variables();
-    const auto [grad_input, grad_weight] = gradients(ctx, grads[0], saved[0], saved[1], saved[2], /*distinct=*/true);
+    const auto [grad_input, grad_weight] = gradients(ctx, grad_output, saved[0], saved[1], saved[2], /*distinct=*/true);
     return {grad_input, grad_weight, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };

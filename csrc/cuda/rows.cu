@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <type_traits>
 
 namespace mhmatmul::cuda {
 namespace {
@@ -92,6 +93,14 @@ __device__ void store(float value, float* to) { *to = value; }
 __device__ void store(float value, __half* to) { *to = __float2half_rn(value); }
 __device__ void store(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
 
+__device__ double load(const double* from) { return *from; }
+__device__ float load(const float* from) { return *from; }
+__device__ float load(const __half* from) { return __half2float(*from); }
+__device__ float load(const __nv_bfloat16* from) { return __bfloat162float(*from); }
+
+template <class Element>
+using SumOf = decltype(load(static_cast<const Element*>(nullptr)));
+
 template <class Sum, class Element>
 __global__ void sum_rows_kernel(const Sum* from, const int64_t* sorted, const int64_t* order, int64_t t, int64_t m,
                                 int64_t width, Element* to) {
@@ -102,6 +111,68 @@ __global__ void sum_rows_kernel(const Sum* from, const int64_t* sorted, const in
       for (int64_t p = begin; p < t && sorted[p] == j; ++p) sum += from[order[p] * width + c];
       store(sum, to + j * width + c);
     }
+  }
+}
+
+template <class Element>
+__global__ void combine_rows_kernel(const Element* base, const Element* updates, const Element* gates,
+                                    const int64_t* sorted, const int64_t* order, int64_t t, int64_t m, int64_t width,
+                                    Element* to) {
+  for (int64_t j = first_row(); j < m; j += row_step()) {
+    const int64_t begin = lower_bound(sorted, t, j);
+    for (int64_t c = threadIdx.x; c < width; c += kWarp) {
+      SumOf<Element> sum = load(base + j * width + c);
+      for (int64_t p = begin; p < t && sorted[p] == j; ++p) {
+        const SumOf<Element> update = load(updates + order[p] * width + c);
+        sum += gates ? load(gates + order[p]) * update : update;
+      }
+      store(sum, to + j * width + c);
+    }
+  }
+}
+
+template <class Element>
+__global__ void scale_rows_kernel(const Element* from, const int64_t* indices, const Element* gates, int64_t t,
+                                  int64_t m, int64_t width, Element* to) {
+  for (int64_t r = first_row(); r < t; r += row_step()) {
+    const int64_t index = indices[r];
+    const bool names_row = index >= 0 && index < m;
+    for (int64_t c = threadIdx.x; c < width; c += kWarp) {
+      SumOf<Element> value = 0;
+      if (names_row) value = load(from + index * width + c);
+      if (names_row && gates) value *= load(gates + r);
+      store(value, to + r * width + c);
+    }
+  }
+}
+
+// Each lane sums every 32nd product; the lanes' sums are added in a fixed tree, so the bits do not vary.
+template <class Element>
+__global__ void dot_rows_kernel(const Element* from, const int64_t* indices, const Element* updates, int64_t t,
+                                int64_t m, int64_t width, Element* to) {
+  for (int64_t r = first_row(); r < t; r += row_step()) {
+    const int64_t index = indices[r];
+    SumOf<Element> sum = 0;
+    if (index >= 0 && index < m)
+      for (int64_t c = threadIdx.x; c < width; c += kWarp)
+        sum += load(from + index * width + c) * load(updates + r * width + c);
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(0xFFFFFFFF, sum, offset);
+    if (threadIdx.x == 0) store(sum, to + r);
+  }
+}
+
+// Calls `launch` with a null pointer to the element type.
+template <class Launch>
+void with_element(Dtype dtype, const Launch& launch) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return launch(static_cast<double*>(nullptr));
+    case Dtype::kFloat32:
+      return launch(static_cast<float*>(nullptr));
+    case Dtype::kFloat16:
+      return launch(static_cast<__half*>(nullptr));
+    case Dtype::kBFloat16:
+      return launch(static_cast<__nv_bfloat16*>(nullptr));
   }
 }
 
@@ -149,6 +220,39 @@ void sum_rows(const void* from, const int64_t* sorted, const int64_t* order, int
     case Dtype::kBFloat16:
       return launch(static_cast<const float*>(from), static_cast<__nv_bfloat16*>(to));
   }
+}
+
+void combine_rows(const void* base, const void* updates, const void* gates, const int64_t* sorted, const int64_t* order,
+                  int64_t t, int64_t m, int64_t width, Dtype dtype, void* to, cudaStream_t stream) {
+  if (m == 0 || width == 0) return;
+  with_element(dtype, [&](auto* element) {
+    using Element = std::remove_pointer_t<decltype(element)>;
+    combine_rows_kernel<<<blocks_for(m), block_shape(), 0, stream>>>(
+        static_cast<const Element*>(base), static_cast<const Element*>(updates), static_cast<const Element*>(gates),
+        sorted, order, t, m, width, static_cast<Element*>(to));
+  });
+}
+
+void scale_rows(const void* from, const int64_t* indices, const void* gates, int64_t t, int64_t m, int64_t width,
+                Dtype dtype, void* to, cudaStream_t stream) {
+  if (t == 0 || width == 0) return;
+  with_element(dtype, [&](auto* element) {
+    using Element = std::remove_pointer_t<decltype(element)>;
+    scale_rows_kernel<<<blocks_for(t), block_shape(), 0, stream>>>(static_cast<const Element*>(from), indices,
+                                                                   static_cast<const Element*>(gates), t, m, width,
+                                                                   static_cast<Element*>(to));
+  });
+}
+
+void dot_rows(const void* from, const int64_t* indices, const void* updates, int64_t t, int64_t m, int64_t width,
+              Dtype dtype, void* to, cudaStream_t stream) {
+  if (t == 0) return;
+  with_element(dtype, [&](auto* element) {
+    using Element = std::remove_pointer_t<decltype(element)>;
+    dot_rows_kernel<<<blocks_for(t), block_shape(), 0, stream>>>(static_cast<const Element*>(from), indices,
+                                                                 static_cast<const Element*>(updates), t, m, width,
+                                                                 static_cast<Element*>(to));
+  });
 }
 
 }  // namespace mhmatmul::cuda

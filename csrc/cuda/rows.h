@@ -32,4 +32,17 @@ enum class Dtype { kFloat64, kFloat32, kFloat16, kBFloat16 };
 void sum_rows(const void* from, const int64_t* sorted, const int64_t* order, int64_t t, int64_t m, int64_t width,
               Dtype dtype, void* to, cudaStream_t stream);
 
+// to[j, :] = base[j, :] + the sum of gates[order[p]] * updates[order[p], :] over the places p with sorted[p] = j, in
+// that order, in float32 (float64), rounded once to `dtype`. All of `dtype`, rows of `width` side by side; no gates: 1.
+void combine_rows(const void* base, const void* updates, const void* gates, const int64_t* sorted, const int64_t* order,
+                  int64_t t, int64_t m, int64_t width, Dtype dtype, void* to, cudaStream_t stream);
+
+// to[r, :] = gates[r] * from[indices[r], :], likewise.
+void scale_rows(const void* from, const int64_t* indices, const void* gates, int64_t t, int64_t m, int64_t width,
+                Dtype dtype, void* to, cudaStream_t stream);
+
+// to[r] = from[indices[r], :] . updates[r, :], likewise.
+void dot_rows(const void* from, const int64_t* indices, const void* updates, int64_t t, int64_t m, int64_t width,
+              Dtype dtype, void* to, cudaStream_t stream);
+
 }  // namespace mhmatmul::cuda

@@ -1,0 +1,110 @@
+"""python -m mhmatmul_ext: self-test and benchmark, their pictures, refusals and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from mhmatmul_ext import _bench, _check, functional, reference
+from mhmatmul_ext.__main__ import main
+
+QUICK = ["bench", "--seconds", "0.001", "--shapes", "8x2x4x3", "5x1x7x2"]
+SHAPES_TEXT = "--shapes: expected rows x heads x inputs x outputs as in 512x16x128x512"
+
+
+def test_check(capsys):
+    assert main(["check"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("\nok ") == 16 * (1 + (torch.cuda.is_available()))
+    assert "CPU capability" in text
+    assert text.endswith("all checks passed\n")
+
+
+def wrong_by_a_hair(input, weight, num_heads=1, **kwargs):
+    return reference.matmul_with_multi_head(
+        input, weight * (1 + 64 * torch.finfo(weight.dtype).eps), num_heads, **kwargs
+    )
+
+
+def raising(*args, **kwargs):
+    raise RuntimeError("no kernel")
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "count"),
+    [
+        ("matmul_with_multi_head", wrong_by_a_hair, 4),
+        ("combine", lambda base, updates, indices, gates: base * 1 + 0 * updates.sum() * gates.sum(), 4),
+        ("combine", raising, 4),
+        ("select_important", lambda probs, *a, **k: reference.select_important(probs.nan_to_num(nan=1.0), *a, **k), 4),
+    ],
+)
+def test_check_finds_what_is_wrong(name, broken, count, monkeypatch, capsys):
+    monkeypatch.setattr(functional, name, broken)
+    assert main(["check"]) == 1
+    text = capsys.readouterr().out
+    assert text.count("FAILED") >= count
+    assert "checks failed" in text
+
+
+def test_check_takes_nothing_for_nan():
+    nan = (torch.full((2,), torch.nan),)
+    assert _check._difference(nan, (torch.ones(2).double(),), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench(dtype, tmp_path, capsys):
+    numbers, picture = tmp_path / "numbers.json", tmp_path / "picture.png"
+    options = ["--dtype", dtype, "--json", str(numbers), "--opponents", "einsum", "loop"]
+    assert main([*QUICK, *options]) == 0
+    text = capsys.readouterr().out
+    assert "8x2x4x3" in text
+    assert "x einsum" in text
+    record = json.loads(numbers.read_text())
+    assert [row["shape"] for row in record["results"]] == ["8x2x4x3", "5x1x7x2"]
+    for row in record["results"]:
+        assert set(row["seconds"]) == {"mhmatmul_ext", "einsum", "loop"}
+        assert min(row["seconds"].values()) > 0
+        assert row["of_floor"] == pytest.approx(row["floor"] / row["seconds"]["mhmatmul_ext"])
+    pytest.importorskip("matplotlib")
+    assert main([*QUICK, "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_times_nothing_that_is_wrong(monkeypatch, capsys):
+    monkeypatch.setitem(_bench.OPPONENTS, "bmm", lambda input, weight, n: _bench._einsum(input, weight, n) + 1)
+    assert main(QUICK) == 1
+    assert "FAILED: bmm, 8x2x4x3 is off by 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--shapes", "8x2x4"], f"{SHAPES_TEXT}, got 8x2x4"),
+        (["--shapes", "8x2x4x0"], f"{SHAPES_TEXT}, got 8x2x4x0"),
+        (["--json", "/nowhere/at/all.json"], "--json: there is no folder /nowhere/at"),
+    ],
+)
+def test_bench_refuses(options, text, capsys):
+    assert main(["bench", *options]) == 2
+    assert capsys.readouterr().err == f"python -m mhmatmul_ext bench: error: {text}\n"
+
+
+def test_bench_without_its_extras(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert main(QUICK) == 0
+    assert "pip install tqdm" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([*QUICK, "--plot", str(tmp_path / "picture.png")]) == 2
+    assert "--plot needs matplotlib: `pip install matplotlib`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["bench"], ["check"], ["info"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    assert "usage: python -m mhmatmul_ext" in capsys.readouterr().out
