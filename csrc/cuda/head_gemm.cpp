@@ -28,10 +28,8 @@ Operand operand(Tensor& tensor, int64_t batch, int64_t row, int64_t column) {
     const int64_t ld = std::max<int64_t>({1, tensor.stride(outer), tensor.size(inner)});
     return Operand{tensor.const_data_ptr(), ld, tensor.stride(batch), transposed};
   };
-  if (readable(row, column)) return read(row, column, false);
-  if (readable(column, row)) return read(column, row, true);
-  tensor = tensor.contiguous();
-  return read(row, column, false);
+  if (!readable(row, column) && !readable(column, row)) tensor = tensor.contiguous();
+  return readable(row, column) ? read(row, column, false) : read(column, row, true);
 }
 
 // The product as the kernel for Hopper takes it; nothing where dtypes or layouts are not its own.
