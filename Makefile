@@ -9,7 +9,7 @@ CUDA_VENV ?= .venv-cuda
 CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 BUILD_INPUTS = setup.py pyproject.toml $(CPP) $(wildcard backend/*.py mhmatmul_ext/*.py mhmatmul_ext/*.pyi)
 
-.PHONY: help demo bench bench-gpu test test-cuda-build test-gpu sanitize-gpu lint format clean
+.PHONY: help demo bench bench-gpu docs test test-cuda-build test-gpu sanitize-gpu lint format clean
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -21,6 +21,9 @@ bench: $(VENV)/built  ## speed on this CPU against PyTorch and against its limit
 
 bench-gpu: $(VENV)/built  ## the same on this GPU, six minutes at most on an H100; BENCH=options
 	$(VENV)/bin/python benchmarks/gpu.py $(BENCH)
+
+docs: $(VENV)/built  ## the site, in build/docs/index.html; a warning is an error
+	$(VENV)/bin/sphinx-build -W --keep-going -q docs build/docs
 
 test: $(VENV)/built  ## the whole test suite
 	$(VENV)/bin/pytest tests

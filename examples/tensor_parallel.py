@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import os
 import sys
 from pathlib import Path
@@ -140,7 +141,9 @@ def main() -> int:
     dist.init_process_group()
     try:
         run(options.steps, sharing)
+        dist.barrier()  # a process that leaves first takes the threads of the others' groups with it
     finally:
+        gc.collect()  # meshes and hooks hold groups in cycles
         dist.destroy_process_group()
     return 0
 

@@ -2,12 +2,14 @@
 
 `register()` adds the rules, for the backward operators as well. What is sharded decides what is sent:
 
-| sharded | forward | backward |
-|---|---|---|
-| heads | nothing | nothing |
-| embed (the weight's last dimension) | nothing | the input's gradient is partial: one reduction, where it is needed |
-| batch, or rows by index | nothing | the weight's gradient is partial |
-| head dimension | the output is partial | nothing |
+========================  =====================  ==================================================================
+sharded                   forward                backward
+========================  =====================  ==================================================================
+heads                     nothing                nothing
+embed, the weight's last  nothing                the input's gradient is partial: one reduction, where it is needed
+batch, or rows by index   nothing                the weight's gradient is partial
+head dimension            the output is partial  nothing
+========================  =====================  ==================================================================
 
 Rows named by index are numbered over the whole batch, so `input` of the selective operators is not sharded by batch
 without being gathered first. A selection whose size depends on data has no place in a DTensor at all: give

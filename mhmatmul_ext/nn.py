@@ -140,7 +140,7 @@ class Selection(NamedTuple):
     cu_seqlens: Tensor
     """`[b + 1]` int32, where each sequence's tokens begin among the kept ones."""
     max_seqlen: int
-    """No sequence keeps more: `top_k`, or `s` without it; known without waiting for the device."""
+    """As many as a sequence may keep, `top_k`, or `s` without it; known without waiting for the device."""
     positions: Tensor
     """`[t]` int64, each token's position in its own sequence."""
 
@@ -163,7 +163,8 @@ class Selection(NamedTuple):
     def nested(self, rows: Tensor) -> Tensor:
         """The kept tokens' rows `[t, ...]` as a jagged nested tensor `[b, *, ...]`, with no copy.
 
-        `torch.nn.functional.scaled_dot_product_attention` takes it; `.values()` gives the rows back.
+        `torch.nn.functional.scaled_dot_product_attention` takes it, by its plain kernel and without `is_causal`: the
+        fused ones refuse sequences that may be empty. `.values()` gives the rows back.
 
         Example:
             >>> selection = Selection.of(torch.tensor([[0.9, 0.1, 0.8], [0.2, 0.7, 0.1]]), 0.5)
