@@ -174,6 +174,99 @@ def test_the_host_waits_once_and_last(dtype):
     assert launches[-1] < names.index("cudaEventSynchronize"), names
 
 
+# rows, nh, hd, e: one tile and several, rows, inputs and columns in part, one head, two blocks of a head's inputs
+BACKWARD = [
+    (1024, 4, 128, 512),
+    (1000, 3, 128, 264),
+    (2000, 5, 256, 256),
+    (1333, 2, 200, 136),
+    (1024, 16, 128, 128),
+    (999, 1, 104, 72),
+    (3000, 7, 64, 64),
+    (1500, 3, 40, 24),
+]
+
+
+def plain_gradients(grad_output, input, weight):
+    return (
+        torch.einsum("mne,nde->mnd", grad_output, weight),
+        torch.einsum("mnd,mne->nde", input, grad_output),
+    )
+
+
+@pytest.mark.parametrize("size", BACKWARD, ids=str)
+@pytest.mark.parametrize("layout", ["plain", "transposed", "strided", "expanded"])
+@halves
+def test_both_gradients(size, layout, dtype):
+    m, nh, hd, e = size
+    input = torch.randn(m, nh, hd, device="cuda", dtype=dtype)
+    weight = torch.randn(nh, hd, e, device="cuda", dtype=dtype)
+    grad_output = torch.randn(m, nh, e, device="cuda", dtype=dtype)
+    if layout == "transposed":
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "strided":
+        input = torch.randn(m, nh, hd + 24, device="cuda", dtype=dtype)[..., 8 : hd + 8]
+        weight = torch.randn(nh, hd, e + 16, device="cuda", dtype=dtype)[..., :e]
+        grad_output = torch.randn(m, 2, nh, e, device="cuda", dtype=dtype)[:, 1]
+    elif layout == "expanded":
+        grad_output = torch.randn(1, nh, e, device="cuda", dtype=dtype).expand(m, nh, e)
+    both = ops._head_matmul_backward(grad_output, input, weight)
+    exact = plain_gradients(grad_output.double(), input.double(), weight.double())
+    for ours, plain, reference in zip(both, plain_gradients(grad_output, input, weight), exact, strict=True):
+        assert_as_exact(ours, plain, reference)
+    for ours, again in zip(both, ops._head_matmul_backward(grad_output, input, weight), strict=True):
+        assert torch.equal(ours, again), "repeated"
+
+
+@pytest.mark.parametrize("size", BACKWARD, ids=str)
+@pytest.mark.parametrize("padding", ["none", "last", "scattered"])
+@halves
+def test_both_gradients_of_the_selected(size, padding, dtype):
+    """Rows by distinct indices; a padding row's gradient may hold anything, rows not named get zeros."""
+    t, nh, hd, e = size
+    rows = 2 * t + 5
+    input = torch.randn(rows, nh, hd, device="cuda", dtype=dtype)
+    weight = torch.randn(nh, hd, e, device="cuda", dtype=dtype)
+    grad_output = torch.randn(t, nh, e, device="cuda", dtype=dtype)
+    indices = torch.randperm(rows, device="cuda")[:t]
+    if padding == "last":
+        indices[-200:] = -1
+    elif padding == "scattered":
+        indices[torch.rand(t, device="cuda") < 0.1] = -1
+        indices[::100] = rows
+    is_row = (indices >= 0) & (indices < rows)
+    grad_output[~is_row] = torch.nan
+    named = indices[is_row]
+
+    def plain(grad_output, input, weight):
+        of_rows, grad_weight = plain_gradients(grad_output[is_row], input[named], weight)
+        return torch.zeros_like(input).index_copy(0, named, of_rows), grad_weight
+
+    both = ops._gather_head_matmul_backward(grad_output, input, weight, indices, True)
+    exact = plain(grad_output.double(), input.double(), weight.double())
+    for ours, other, reference in zip(both, plain(grad_output, input, weight), exact, strict=True):
+        assert_as_exact(ours, other, reference)
+    for ours, again in zip(
+        both, ops._gather_head_matmul_backward(grad_output, input, weight, indices, True), strict=True
+    ):
+        assert torch.equal(ours, again), "repeated"
+
+
+@halves
+def test_grad_output_is_read_once(dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+    input = torch.randn(4096, 16, 128, device="cuda", dtype=dtype)
+    weight = torch.randn(16, 128, 512, device="cuda", dtype=dtype)
+    grad_output = torch.randn(2048, 16, 512, device="cuda", dtype=dtype)
+    indices = torch.randperm(4096, device="cuda")[:2048]
+    dense = kernels_of(lambda: ops._head_matmul_backward(grad_output, input[:2048], weight))
+    selected = kernels_of(lambda: ops._gather_head_matmul_backward(grad_output, input, weight, indices, True))
+    for names in (dense, selected):
+        assert sum("backward_kernel" in name for name in names) == 1, names
+        assert not any("gemm" in name or "copy_rows" in name for name in names), names
+
+
 @pytest.mark.parametrize("capacity", [None, 100])
 @halves
 def test_gradients_of_the_selected(capacity, dtype):

@@ -1,4 +1,4 @@
-"""Which block of the Hopper kernel works on which tiles: every tile once, groups together and told as they are."""
+"""Which blocks of the Hopper kernels work on which tiles: every tile once, groups together and told as they are."""
 
 from __future__ import annotations
 
@@ -62,3 +62,36 @@ def test_walk(library, heads, m_blocks, n_blocks, multiprocessors, left_out):
             assert [tile[3] for tile in group] == [1] + [0] * (len(group) - 1), "one first"
             assert [tile[4] for tile in group] == list(range(len(group)))[::-1], "left in the group"
     assert sorted(seen) == sorted(product(range(n_blocks), range(heads), range(given))), "every tile once"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    heads=st.integers(1, 40),
+    hd_groups=st.integers(1, 3),
+    row_tiles=st.integers(1, 200),
+    teams=st.sampled_from([1, 7, 66, 132]),
+    tiles_per_partial=st.floats(0.1, 20),
+)
+@example(heads=128, hd_groups=1, row_tiles=64, teams=66, tiles_per_partial=5.3)
+def test_segments(library, heads, hd_groups, row_tiles, teams, tiles_per_partial):
+    cut = (heads, hd_groups, row_tiles, teams, ctypes.c_double(tiles_per_partial))
+    splits = library.splits_of(*cut)
+    assert 1 <= splits <= row_tiles
+    out = (ctypes.c_int64 * (5 * heads * hd_groups * splits))()
+    count = library.segments_of(*cut, out)
+    assert count == heads * hd_groups * splits
+    segments = sorted(tuple(out[5 * i : 5 * i + 5]) for i in range(count))
+    for _, of_head in groupby(segments, key=lambda segment: segment[:2]):
+        own = list(of_head)
+        assert [segment[2] for segment in own] == list(range(splits))
+        tiles = [tile for segment in own for tile in range(segment[3], segment[4] + 1)]
+        assert all(segment[3] <= segment[4] for segment in own), "no segment is empty"
+        assert tiles == list(range(row_tiles)), "every tile once, in order"
+
+
+def test_splits_fill_the_device(library):
+    """As the sizes of published models come out: one head's rows go to as many clusters as there are."""
+    few = ctypes.c_double(5)
+    assert library.splits_of(128, 1, 64, 66, few) == 1  # 128 heads in two rounds of 66 clusters
+    assert library.splits_of(16, 1, 128, 132, few) == 8
+    assert library.splits_of(1, 1, 1, 132, few) == 1

@@ -1,5 +1,6 @@
-// tile_walk.h for Python's ctypes: the tiles of one block, a line of five numbers each.
+// tile_walk.h and backward_walk.h for Python's ctypes.
 #include "cuda/tile_walk.h"
+#include "cuda/backward_walk.h"
 
 using namespace mhmatmul::cuda::sm90;
 
@@ -32,4 +33,36 @@ extern "C" int64_t tiles_of(int heads, int m_blocks, int n_blocks, int multiproc
     tile[4] = walk.left_in_group();
   }
   return count;
+}
+
+namespace {
+BackwardCut backward_cut(int heads, int hd_groups, int row_tiles, int teams, double tiles_per_partial) {
+  BackwardCut cut{};
+  cut.heads = heads;
+  cut.hd_groups = hd_groups;
+  cut.row_tiles = row_tiles;
+  cut.teams = teams;
+  choose_splits(cut, /*tiles_per_segment=*/3, tiles_per_partial);
+  return cut;
+}
+}  // namespace
+
+extern "C" int splits_of(int heads, int hd_groups, int row_tiles, int teams, double tiles_per_partial) {
+  return backward_cut(heads, hd_groups, row_tiles, teams, tiles_per_partial).splits;
+}
+
+// Writes each segment as (head, group of inputs, split, first tile, last tile); how many.
+extern "C" int segments_of(int heads, int hd_groups, int row_tiles, int teams, double tiles_per_partial,
+                           int64_t* segments) {
+  const BackwardCut cut = backward_cut(heads, hd_groups, row_tiles, teams, tiles_per_partial);
+  for (int i = 0; i < cut.segments(); ++i) {
+    const Segment own(cut, i);
+    int64_t* const segment = segments + int64_t{5} * i;
+    segment[0] = own.head;
+    segment[1] = own.hd_group;
+    segment[2] = own.split;
+    segment[3] = own.begin;
+    segment[4] = own.end - 1;
+  }
+  return cut.segments();
 }

@@ -68,7 +68,26 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indi
 
 // Whatever a padding row's gradient holds, it counts for nothing; so both operands are masked.
 Tensor wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
-  return cuda::wgrad(cuda::masked(grad_output, indices, input.size(0)), cuda::gather(input, indices));
+  Tensor grad_weight = at::empty({input.size(1), input.size(2), grad_output.size(2)}, input.options());
+  cuda::wgrad(cuda::masked(grad_output, indices, input.size(0)), cuda::gather(input, indices), grad_weight);
+  return grad_weight;
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                    const Tensor& indices, bool distinct) {
+  const int64_t m = input.size(0);
+  if (distinct) {
+    Tensor grad_input = at::empty(input.sizes(), input.options());
+    Tensor grad_weight = at::empty(weight.sizes(), weight.options());
+    if (cuda::backward_in_one_pass(grad_output, input, weight, indices, grad_input, grad_weight)) {
+      const Tensor places = inverse(indices, m);
+      cuda::zero_rows(places.const_data_ptr<int64_t>(), m, indices.size(0), grad_input.size(1) * grad_input.size(2),
+                      grad_input.element_size(), grad_input.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      return {grad_input, grad_weight};
+    }
+  }
+  return {dgrad(grad_output, weight, indices, m, distinct), wgrad(grad_output, input, indices)};
 }
 
 Tensor gather_head_matmul_cuda(const Tensor& input, const Tensor& weight, const Tensor& indices,
@@ -99,9 +118,7 @@ std::tuple<Tensor, Tensor> gather_head_matmul_backward_cuda(const Tensor& grad_o
                                                             bool distinct) {
   check_head_matmul_backward("_gather_head_matmul_backward", grad_output, input, weight, indices);
   const c10::cuda::CUDAGuard guard(grad_output.device());
-  const Tensor contiguous_indices = indices.contiguous();
-  return {dgrad(grad_output, weight, contiguous_indices, input.size(0), distinct),
-          wgrad(grad_output, input, contiguous_indices)};
+  return backward(grad_output, input, weight, indices.contiguous(), distinct);
 }
 
 }  // namespace

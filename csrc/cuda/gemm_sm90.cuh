@@ -16,26 +16,14 @@
 // Every row is summed over k in steps of 16 from the lowest, into one float32 sum, whatever the tile: the same bits.
 #pragma once
 
+#include "sm90.cuh"
 #include "tile_walk.h"
-
-#include <cuda.h>
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
-#include <cute/tensor.hpp>
-
-#include <cstdint>
 
 namespace mhmatmul::cuda::sm90 {
 
-using cutlass::arch::ClusterBarrier;
-using cutlass::arch::ClusterTransactionBarrier;
-
-constexpr int kWarp = 32, kGroup = 128, kThreads = 3 * kGroup;
-constexpr int kDepth = 64;      // elements along k in a stage: rows of 128 bytes, the widest swizzle
-constexpr int kMaxStages = 16;  // of one ring
-constexpr int kRowBytes = 128;
-constexpr int kSharedBytes = 227 * 1024;  // what a block may have
-constexpr int kSharedAlignment = 1024;    // of the swizzle
+constexpr int kThreads = 3 * kGroup;
+constexpr int kDepth = kRowBytes / 2;  // elements along k in a stage
+constexpr int kMaxStages = 16;         // of one ring
 
 template <class Element_, int m, int n, bool gathers, bool b_is_transposed>
 struct Tile {
@@ -72,25 +60,6 @@ __device__ int blocks_of(int m) {
   return m / Tile::kM + (m % Tile::kM != 0);
 }
 
-// A place in a ring of `size` stages and the parity of its round.
-struct Place {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ void advance(int steps, int size) {
-    slot += steps;
-    while (slot >= size) {
-      slot -= size;
-      parity ^= 1;
-    }
-  }
-};
-
-__device__ inline void bring(const CUtensorMap& map, uint64_t* barrier, void* to, int x, int y, int z) {
-  cute::SM90_TMA_LOAD_3D::copy(&map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, x, y,
-                               z);
-}
-
 // A panel of C on its way out of shared memory.
 __device__ inline void store(const Params& params, const void* from, int x, int y, int z) {
   if (!params.c_leaves_cache) return cute::SM90_TMA_STORE_3D::copy(&params.c, from, x, y, z);
@@ -100,11 +69,6 @@ __device__ inline void store(const Params& params, const void* from, int x, int 
       "r"(cute::cast_smem_ptr_to_uint(from)), "r"(x), "r"(y), "r"(z),
       "l"(static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST))
       : "memory");
-}
-
-__device__ inline void copy_16_bytes(uint32_t to, const void* from, bool zeros) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16)
-               : "memory");
 }
 
 // The part of gathered rows that one thread of the first warpgroup copies: one 16-byte piece of every 16th row.
@@ -197,15 +161,6 @@ __device__ void produce(const Params& params, int m, Barriers& barriers, unsigne
   }
 }
 
-__device__ inline uint32_t pack(float low, float high, cute::bfloat16_t) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(both);
-}
-__device__ inline uint32_t pack(float low, float high, cute::half_t) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(both);
-}
-
 // The rows of a tile of C that one thread holds sums of: two in each 64, lane / 4 and 8 below it of its warp's 16.
 template <class Tile>
 struct SummedRows {
@@ -249,29 +204,6 @@ struct SummedRows {
     }
   }
 };
-
-// Rounds a tile's sums into `to`: panels of 64 columns, kM rows of 128 bytes each, swizzled as the copy engine reads.
-template <class Tile, class Sums>
-__device__ void round_into(unsigned char* to, const Sums& sums) {
-  using Element = typename Tile::Element;
-  const int warp = static_cast<int>(threadIdx.x) % kGroup / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll
-  for (int block = 0; block < Tile::kM / 64; ++block) {
-    const int row = block * 64 + warp * 16 + lane % 16;  // lane: row of the matrix that it gives the address of
-    const uint32_t address = cute::cast_smem_ptr_to_uint(to) + row * kRowBytes;
-#pragma unroll
-    for (int j = 0; j < Tile::kN / 8; j += 2) {
-      const int base = block * Tile::kN / 2 + j * 4;
-      const int piece = j + lane / 16;  // of 8 columns, 16 bytes
-      const uint32_t target = address + piece / 8 * (Tile::kM * kRowBytes) + ((piece % 8) ^ (row % 8)) * 16;
-      asm volatile(
-          "stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target),
-          "r"(pack(sums(base + 0), sums(base + 1), Element{})), "r"(pack(sums(base + 2), sums(base + 3), Element{})),
-          "r"(pack(sums(base + 4), sums(base + 5), Element{})), "r"(pack(sums(base + 6), sums(base + 7), Element{}))
-          : "memory");
-    }
-  }
-}
 
 template <class Tile>
 __device__ void consume(const Params& params, int m, Barriers& barriers, unsigned char* a_stages,

@@ -1,5 +1,6 @@
 #include "head_gemm.h"
 
+#include "backward_sm90.h"
 #include "gemm.h"
 #include "gemm_lt.h"
 #include "gemm_sm90.h"
@@ -32,14 +33,16 @@ Operand operand(Tensor& tensor, int64_t batch, int64_t row, int64_t column) {
   return readable(row, column) ? read(row, column, false) : read(column, row, true);
 }
 
+bool is_half(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
+}
+
+bool is_dense(const Tensor& tensor, int64_t dim) { return tensor.stride(dim) == 1 || tensor.size(dim) == 1; }
+
 // The product as the kernel for Hopper takes it; nothing where dtypes or layouts are not its own.
 std::optional<HeadGemm> for_sm90(const Tensor& rows, const Tensor& weight, const Tensor& indices,
                                  const OptionalTensor& bias, const Tensor& output) {
-  const auto dtype = rows.scalar_type();
-  const auto is_dense = [](const Tensor& tensor, int64_t dim) {
-    return tensor.stride(dim) == 1 || tensor.size(dim) == 1;
-  };
-  if ((dtype != at::kHalf && dtype != at::kBFloat16) || output.scalar_type() != dtype) return std::nullopt;
+  if (!is_half(rows) || output.scalar_type() != rows.scalar_type()) return std::nullopt;
   if (!is_dense(rows, 2) || !is_dense(output, 2) || (bias && !is_dense(*bias, 1))) return std::nullopt;
   const bool is_transposed = !is_dense(weight, 2);
   if (is_transposed && !is_dense(weight, 1)) return std::nullopt;
@@ -60,7 +63,7 @@ std::optional<HeadGemm> for_sm90(const Tensor& rows, const Tensor& weight, const
   gemm.c = output.mutable_data_ptr();
   gemm.c_stride = output.stride(0);
   gemm.c_batch_stride = output.stride(1);
-  gemm.is_bfloat16 = dtype == at::kBFloat16;
+  gemm.is_bfloat16 = rows.scalar_type() == at::kBFloat16;
   return takes_sm90(gemm) ? std::optional(gemm) : std::nullopt;
 }
 
@@ -162,10 +165,12 @@ void forward(const Tensor& rows, const Tensor& weight, const OptionalTensor& bia
   multiply(gemm, bias, output);
 }
 
-Tensor wgrad(const Tensor& grad_output, const Tensor& rows) {
-  Tensor output = at::empty({rows.size(1), rows.size(2), grad_output.size(2)}, rows.options());
-  if (output.numel() == 0) return output;
-  if (rows.size(0) == 0) return output.zero_();
+void wgrad(const Tensor& grad_output, const Tensor& rows, const Tensor& grad_weight) {
+  if (grad_weight.numel() == 0) return;
+  if (rows.size(0) == 0) {
+    grad_weight.zero_();
+    return;
+  }
   Tensor a = rows, b = grad_output;
   BatchedGemm gemm{};
   gemm.m = rows.size(2);
@@ -174,12 +179,39 @@ Tensor wgrad(const Tensor& grad_output, const Tensor& rows) {
   gemm.batch = rows.size(1);
   gemm.a = operand(a, /*batch=*/1, /*row=*/2, /*column=*/0);
   gemm.b = operand(b, /*batch=*/1, /*row=*/0, /*column=*/2);
-  gemm.c = output.mutable_data_ptr();
+  gemm.c = grad_weight.mutable_data_ptr();
   gemm.ldc = gemm.n;
   gemm.c_batch_stride = gemm.m * gemm.n;
   gemm.operand_type = gemm.c_type = at::cuda::ScalarTypeToCudaDataType(rows.scalar_type());
-  multiply(gemm, std::nullopt, output);
-  return output;
+  multiply(gemm, std::nullopt, grad_weight);
+}
+
+bool backward_in_one_pass(const Tensor& grad_output, const Tensor& rows, const Tensor& weight, const Tensor& indices,
+                          const Tensor& grad_input, const Tensor& grad_weight) {
+  if (!is_half(rows) || !is_dense(grad_output, 2) || !is_dense(rows, 2) || !is_dense(weight, 2)) return false;
+  HeadBackward backward{};
+  backward.m = grad_output.size(0);
+  backward.hd = weight.size(1);
+  backward.e = weight.size(2);
+  backward.heads = weight.size(0);
+  backward.grad_output = grad_output.const_data_ptr();
+  backward.grad_output_stride = grad_output.stride(0);
+  backward.grad_output_head_stride = grad_output.stride(1);
+  backward.input = rows.const_data_ptr();
+  backward.input_stride = rows.stride(0);
+  backward.input_head_stride = rows.stride(1);
+  backward.weight = weight.const_data_ptr();
+  backward.weight_stride = weight.stride(1);
+  backward.weight_head_stride = weight.stride(0);
+  backward.indices = indices.defined() ? indices.const_data_ptr<int64_t>() : nullptr;
+  backward.named_rows = rows.size(0);
+  backward.grad_input = grad_input.mutable_data_ptr();
+  backward.grad_weight = grad_weight.mutable_data_ptr();
+  backward.is_bfloat16 = rows.scalar_type() == at::kBFloat16;
+  if (!takes_backward_sm90(backward)) return false;
+  const Tensor partial = at::empty({partial_of_backward_sm90(backward)}, rows.options().dtype(at::kFloat));
+  run_backward_sm90(backward, partial.mutable_data_ptr<float>(), at::cuda::getCurrentCUDAStream());
+  return true;
 }
 
 }  // namespace mhmatmul::cuda

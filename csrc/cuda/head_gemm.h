@@ -28,7 +28,15 @@ Tensor gather(const Tensor& rows, const Tensor& indices);
 // A copy of rows [t, nh, x] with zeros where the index names none of m rows.
 Tensor masked(const Tensor& rows, const Tensor& indices, int64_t m);
 
-// grad_weight [nh, hd, e]: the sum over r of rows[r]^T grad_output[r].
-Tensor wgrad(const Tensor& grad_output, const Tensor& rows);
+// grad_weight [nh, hd, e], contiguous: the sum over r of rows[r]^T grad_output[r].
+void wgrad(const Tensor& grad_output, const Tensor& rows, const Tensor& grad_weight);
+
+// Both gradients in one pass over grad_output, where the kernel for Hopper takes it; else nothing is done, and false is
+// returned. grad_output [t, nh, e], weight [nh, hd, e], grad_weight [nh, hd, e] contiguous; rows [t, nh, hd] and
+// grad_input of that shape, contiguous. Given indices, int64 [t] side by side, distinct but for those that name no row,
+// rows and grad_input are [m, nh, hd], row indices[r] stands for row r, and rows of grad_input that none names are
+// left.
+bool backward_in_one_pass(const Tensor& grad_output, const Tensor& rows, const Tensor& weight, const Tensor& indices,
+                          const Tensor& grad_input, const Tensor& grad_weight);
 
 }  // namespace mhmatmul::cuda

@@ -31,16 +31,24 @@ void head_matmul_out_cuda(const Tensor& input, const Tensor& weight, const Optio
 Tensor head_matmul_wgrad_cuda(const Tensor& grad_output, const Tensor& input) {
   check_head_matmul_backward("_head_matmul_wgrad", grad_output, input, std::nullopt);
   const c10::cuda::CUDAGuard guard(grad_output.device());
-  return cuda::wgrad(flatten_rows(grad_output), flatten_rows(input));
+  Tensor grad_weight = at::empty({input.size(-2), input.size(-1), grad_output.size(-1)}, input.options());
+  cuda::wgrad(flatten_rows(grad_output), flatten_rows(input), grad_weight);
+  return grad_weight;
 }
 
 std::tuple<Tensor, Tensor> head_matmul_backward_cuda(const Tensor& grad_output, const Tensor& input,
                                                      const Tensor& weight) {
   check_head_matmul_backward("_head_matmul_backward", grad_output, input, weight);
   const c10::cuda::CUDAGuard guard(grad_output.device());
+  const Tensor grads = flatten_rows(grad_output), rows = flatten_rows(input);
   Tensor grad_input = at::empty(input.sizes(), input.options());
-  cuda::forward(flatten_rows(grad_output), weight.transpose(1, 2), std::nullopt, flatten_rows(grad_input));
-  return {grad_input, cuda::wgrad(flatten_rows(grad_output), flatten_rows(input))};
+  Tensor grad_weight = at::empty(weight.sizes(), weight.options());
+  const Tensor grad_rows = flatten_rows(grad_input);
+  if (cuda::backward_in_one_pass(grads, rows, weight, Tensor(), grad_rows, grad_weight))
+    return {grad_input, grad_weight};
+  cuda::forward(grads, weight.transpose(1, 2), std::nullopt, grad_rows);
+  cuda::wgrad(grads, rows, grad_weight);
+  return {grad_input, grad_weight};
 }
 
 }  // namespace

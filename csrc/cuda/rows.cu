@@ -191,8 +191,17 @@ void mask_rows(const void* from, int64_t from_stride, const int64_t* indices, in
 void zero_rows(const int64_t* indices, int64_t t, int64_t m, int64_t width, int64_t element_size, void* to,
                cudaStream_t stream) {
   if (t == 0 || width == 0) return;
-  zero_rows_kernel<<<blocks_for(t), block_shape(), 0, stream>>>(indices, t, m, width * element_size / 2,
-                                                                static_cast<uint16_t*>(to));
+  const int64_t bytes = width * element_size;
+  const auto launch = [&](auto word) {
+    using Word = decltype(word);
+    zero_rows_kernel<<<blocks_for(t), block_shape(), 0, stream>>>(
+        indices, t, m, bytes / static_cast<int64_t>(sizeof(Word)), static_cast<Word*>(to));
+  };
+  if ((reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(bytes)) % sizeof(uint4) == 0) {
+    launch(uint4{});
+  } else {
+    launch(uint16_t{});
+  }
 }
 
 void invert(const int64_t* indices, int64_t t, int64_t m, int64_t* to, cudaStream_t stream) {

@@ -7,8 +7,8 @@
 //    rows in the order in which blocks start). Meanwhile the others go on.
 // 3. Only where candidates outnumber k: the k-th highest key is found digit by digit, from the highest bit in which
 //    candidates differ down, each pass a histogram of eight bits over those that agree with the digits found so far, in
-//    copies, so that lanes with the same digit seldom meet. Counts are integers: the order of the atomics is of no
-//    matter.
+//    copies, so that lanes with the same digit seldom meet; until all that agree have a place. Counts are integers: the
+//    order of the atomics is of no matter.
 // 4. Positions are written in order. Invariant before each tile: `above` and `ties` count the keys over and equal to
 //    the rule's in the tiles before. One block-wide exclusive sum of both, packed in one word, gives every kept score
 //    its place, and the first ties win.
@@ -55,9 +55,10 @@ __device__ int64_t look_back(unsigned long long* words, int64_t row, int64_t cou
 }
 
 // Of a histogram: the digit that the places-th highest key has, added to `prefix` at `shift`; the higher ones' places
-// are taken off. Called by one warp: each lane adds up eight digits, the first the highest.
+// are taken off. `all_stay`: as many keys have that digit as there are places left. Called by one warp: each lane adds
+// up eight digits, the first the highest.
 template <class Bits>
-__device__ void find_digit(const unsigned int* histogram, int shift, int64_t& places, Bits& prefix) {
+__device__ void find_digit(const unsigned int* histogram, int shift, int64_t& places, Bits& prefix, bool& all_stay) {
   constexpr int kPerLane = kDigits / kWarp;
   const int lane = static_cast<int>(threadIdx.x), highest = kDigits - 1 - lane * kPerLane;
   const int64_t wanted = places;
@@ -74,6 +75,7 @@ __device__ void find_digit(const unsigned int* histogram, int shift, int64_t& pl
   int digit = highest;
   while (before + histogram[digit] < wanted) before += histogram[digit--];
   places = wanted - before;
+  all_stay = histogram[digit] == places;
   prefix = static_cast<Bits>(prefix | static_cast<Bits>(static_cast<Bits>(digit) << shift));
 }
 
@@ -131,6 +133,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Summary<Format> summary;
   __shared__ int64_t row_shared, first_place, places;
   __shared__ Bits prefix;
+  __shared__ bool all_stay;
   constexpr int kOwned = kItems<Format>;
 
 #if __CUDA_ARCH__ >= 900
@@ -189,8 +192,8 @@ __global__ void __launch_bounds__(kThreads)
       places = kept;
       prefix = summary.highest & found;
     }
+    __syncthreads();
     for (;;) {
-      __syncthreads();
       for (int i = threadIdx.x; i < kDigits * kCopies; i += kThreads) storage.histogram[i] = 0;
       __syncthreads();
       for_each_tile([&](int64_t) {
@@ -206,15 +209,16 @@ __global__ void __launch_bounds__(kThreads)
         digits[threadIdx.x] = sum;
       }
       __syncthreads();
-      if (threadIdx.x < kWarp) find_digit(digits, shift, places, prefix);
+      if (threadIdx.x < kWarp) find_digit(digits, shift, places, prefix, all_stay);
+      __syncthreads();
+      if (all_stay || shift == 0) break;
       found = static_cast<Bits>(found | static_cast<Bits>(static_cast<Bits>(kDigits - 1) << shift));
-      if (shift == 0) break;
       shift = shift > kDigitBits ? shift - kDigitBits : 0;
       // A last digit that overlaps the one before counts only keys that agree in the bits they share.
     }
-    __syncthreads();
-    rule.key = prefix;
-    rule.ties = places;
+    // Where all stay that share the digits found, the digits to come need not be.
+    rule.key = prefix > summary.lowest ? prefix : summary.lowest;
+    rule.ties = all_stay ? kNoLimit : places;
   }
   if (kept == 0) rule = SelectionRule<Format>::nothing();
   __syncthreads();

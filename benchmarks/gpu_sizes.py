@@ -1,0 +1,160 @@
+"""Time the product for head dimensions and embed sizes of all kinds on this GPU: no size may fall off a cliff.
+
+One size varies, the other is 128; 32 heads, 4096 rows, bfloat16. Replays of CUDA graphs, cold L2. Every result is
+compared with float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from command import Parser, UserError, check_folder, exit_code, progress
+from floor import work
+from gpu_floor import GpuRates, measure_rates
+from gpu_timing import QUICK, Candidate, Gpu, Operands, capture_both, elapsed, prepare, sample
+from gpu_ways import OPPONENTS, OURS
+from record import default_path, environment, gpu_environment, write
+from shapes import Shape
+from verify import check
+from ways import evaluate
+
+DTYPE, OTHER, HEADS, ROWS = "bfloat16", 128, 32, 4096
+WAYS = {"ours": OURS["forward"]["out="], "bmm(out=)": OPPONENTS["forward"]["bmm(out=)"]}
+# Every size up to two warps' rows, then what is and what is not a multiple of 2, 8, 16 and 64.
+SIZES = (
+    *range(1, 35),
+    40,
+    47,
+    48,
+    49,
+    50,
+    56,
+    63,
+    64,
+    65,
+    66,
+    72,
+    80,
+    95,
+    96,
+    97,
+    98,
+    104,
+    112,
+    120,
+    126,
+    127,
+    128,
+    130,
+)
+VARIED = ("head_dim", "embed")
+
+
+def shape_of(varied: str, size: int) -> Shape:
+    """The shape in which one size varies."""
+    sizes = {"head_dim": OTHER, "embed": OTHER, varied: size}
+    return Shape(f"{varied} {size}", 1, ROWS, HEADS, sizes["head_dim"], sizes["embed"], "the curve over sizes")
+
+
+def measure(varied: str, size: int, repeats: int, gpu: Gpu, rates: GpuRates) -> list[dict[str, Any]]:
+    """All ways, checked and timed."""
+    shape = shape_of(varied, size)
+    operands = Operands(shape, DTYPE)
+    exact = operands.first.samples("forward")
+    flop, bytes = work("forward", shape, 2)
+    floor = rates.floor(DTYPE, flop, bytes)
+    entries = []
+    for name, way in WAYS.items():
+        what = f"{shape.name} ({name})"
+        names, call = prepare(way, operands.first)
+        check(what, evaluate(way, names), exact, tf32=False)
+        names.pop("r")
+        seconds = statistics.median(elapsed(call, 3))
+        graphs = capture_both(what, way, operands, gpu.copies(bytes), seconds, gpu, exact)
+        median = statistics.median(sample(Candidate(name, way, call, graphs), "graph cold", repeats, gpu))
+        entries.append({"varied": varied, "size": size, "name": name, "median": median, "floor": floor})
+    return entries
+
+
+def draw(record: dict[str, Any], picture: Path) -> None:
+    """Shares of the floor over the sizes."""
+    try:
+        matplotlib: Any = importlib.import_module("matplotlib")
+    except ImportError:
+        raise UserError("matplotlib is not installed: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    figure, all_axes = pyplot.subplots(1, len(VARIED), figsize=(14, 4.5), sharey=True, layout="constrained")
+    for axes, varied in zip(all_axes, VARIED, strict=True):
+        for name in WAYS:
+            own = [e for e in record["timings"] if (e["varied"], e["name"]) == (varied, name)]
+            axes.plot([e["size"] for e in own], [100 * e["floor"] / e["median"] for e in own], ".-", label=name)
+        axes.set_xlabel(f"{varied}, the other size {OTHER}")
+        axes.set_ylim(0, 105)
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("% of the floor")
+    all_axes[0].legend(loc="lower right")
+    here = record["environment"]
+    figure.suptitle(
+        f"{here['gpu']}, torch {here['torch']}, {DTYPE}, {HEADS} heads, {ROWS} rows, commit {here['commit']}"
+    )
+    figure.savefig(picture, dpi=120)
+    print(f"Written: {picture}")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line and check its values."""
+    parser = Parser(description=(__doc__ or "").partition("\n")[0], epilog="Defaults are in parentheses.")
+    parser.add_argument("--repeats", type=int, default=QUICK.repeats, metavar="N", help="of each timing (%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON (results/DATE-gpu-NAME-sizes.json)")
+    parser.add_argument(
+        "--draw", type=Path, metavar="JSON", help="measure nothing; draw this record as a .png beside it"
+    )
+    options = parser.parse_args(argv)
+    if options.repeats < 1:
+        raise UserError(f"--repeats must be at least 1, got {options.repeats}")
+    if options.draw is not None:
+        return options
+    check_folder(options.output)
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device")
+    if options.output is None:
+        options.output = default_path(f"gpu-{'-'.join(torch.cuda.get_device_name().lower().split())}-sizes")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure and write, or draw."""
+    if options.draw is not None:
+        try:
+            draw(json.loads(options.draw.read_text()), options.draw.with_suffix(".png"))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{options.draw} is not a record of these sizes: {error}") from None
+        return
+    timings: list[dict[str, Any]] = []
+    with torch.cuda.stream(torch.cuda.Stream()):  # graphs cannot be captured on the default one
+        rates = measure_rates([DTYPE], QUICK.mm_size)
+        gpu = Gpu()
+        for varied, size in progress([(varied, size) for varied in VARIED for size in SIZES], "timing"):
+            timings += measure(varied, size, options.repeats, gpu, rates)
+    for ours, other in zip(timings[::2], timings[1::2], strict=True):
+        share, ratio = ours["floor"] / ours["median"], other["median"] / ours["median"]
+        name = f"{ours['varied']} {ours['size']}"
+        print(f"{name:>12}{ours['median'] * 1e6:8.1f} us{share:7.0%} of the floor{ratio:7.2f} x bmm(out=)")
+    write(options.output, {"environment": environment() | gpu_environment(), "timings": timings})
+    print(f"Written: {options.output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the sizes."""
+    return exit_code(Path(__file__).name, lambda: run(parse_arguments(argv)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

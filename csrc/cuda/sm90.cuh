@@ -1,0 +1,77 @@
+// What the kernels for Hopper share: rings of stages in shared memory, the bulk copy engine, rounding into its layout.
+#pragma once
+
+#include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cute/tensor.hpp>
+
+#include <cstdint>
+
+namespace mhmatmul::cuda::sm90 {
+
+using cutlass::arch::ClusterBarrier;
+using cutlass::arch::ClusterTransactionBarrier;
+
+constexpr int kWarp = 32, kGroup = 128;
+constexpr int kRowBytes = 128;            // of a row in shared memory: the widest swizzle
+constexpr int kSharedBytes = 227 * 1024;  // what a block may have
+constexpr int kSharedAlignment = 1024;    // of the swizzle
+
+// A place in a ring of `size` stages and the parity of its round.
+struct Place {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance(int steps, int size) {
+    slot += steps;
+    while (slot >= size) {
+      slot -= size;
+      parity ^= 1;
+    }
+  }
+};
+
+__device__ inline void bring(const CUtensorMap& map, uint64_t* barrier, void* to, int x, int y, int z) {
+  cute::SM90_TMA_LOAD_3D::copy(&map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, x, y,
+                               z);
+}
+
+__device__ inline void copy_16_bytes(uint32_t to, const void* from, bool zeros) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16)
+               : "memory");
+}
+
+__device__ inline uint32_t pack(float low, float high, cute::bfloat16_t) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+__device__ inline uint32_t pack(float low, float high, cute::half_t) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+
+// Rounds a tile's sums into `to`: panels of 64 columns, kM rows of 128 bytes each, swizzled as the copy engine reads.
+template <class Tile, class Sums>
+__device__ void round_into(unsigned char* to, const Sums& sums) {
+  using Element = typename Tile::Element;
+  const int warp = static_cast<int>(threadIdx.x) % kGroup / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int block = 0; block < Tile::kM / 64; ++block) {
+    const int row = block * 64 + warp * 16 + lane % 16;  // lane: row of the matrix that it gives the address of
+    const uint32_t address = cute::cast_smem_ptr_to_uint(to) + row * kRowBytes;
+#pragma unroll
+    for (int j = 0; j < Tile::kN / 8; j += 2) {
+      const int base = block * Tile::kN / 2 + j * 4;
+      const int piece = j + lane / 16;  // of 8 columns, 16 bytes
+      const uint32_t target = address + piece / 8 * (Tile::kM * kRowBytes) + ((piece % 8) ^ (row % 8)) * 16;
+      asm volatile(
+          "stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target),
+          "r"(pack(sums(base + 0), sums(base + 1), Element{})), "r"(pack(sums(base + 2), sums(base + 3), Element{})),
+          "r"(pack(sums(base + 4), sums(base + 5), Element{})), "r"(pack(sums(base + 6), sums(base + 7), Element{}))
+          : "memory");
+    }
+  }
+}
+
+}  // namespace mhmatmul::cuda::sm90

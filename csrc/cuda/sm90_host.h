@@ -1,0 +1,86 @@
+// What the launchers of the kernels for Hopper share: tensor maps for the copy engine, attributes of the device.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace mhmatmul::cuda::sm90 {
+
+inline void check(cudaError_t status, const char* call) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
+}
+
+// The driver's encoder, found at run time so that the library does not link libcuda.
+inline auto encoder() {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const auto encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+          "cudaGetDriverEntryPointByVersion");
+    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode>(entry);
+  }();
+  return encode;
+}
+
+// A tensor [outer, middle, inner], inner side by side, strides in elements, read or written in boxes.
+struct Layout {
+  int64_t inner, middle, outer, middle_stride, outer_stride;
+  int box_inner, box_middle, box_outer;
+};
+
+constexpr int64_t kElementSize = 2, kAlignment = 16;
+
+inline CUtensorMap tensor_map(const void* data, const Layout& layout, bool is_bfloat16) {
+  // A stride that is never taken may be anything: the encoder wants it aligned all the same.
+  const auto bytes = [](int64_t stride, int64_t size) {
+    return static_cast<cuuint64_t>(size == 1 ? kAlignment : stride * kElementSize);
+  };
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(layout.inner), static_cast<cuuint64_t>(layout.middle),
+                              static_cast<cuuint64_t>(layout.outer)};
+  const cuuint64_t strides[] = {bytes(layout.middle_stride, layout.middle), bytes(layout.outer_stride, layout.outer)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(layout.box_inner), static_cast<cuuint32_t>(layout.box_middle),
+                            static_cast<cuuint32_t>(layout.box_outer)};
+  const cuuint32_t every[] = {1, 1, 1};
+  CUtensorMap map;
+  const CUresult result =
+      encoder()(&map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
+                const_cast<void*>(data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
+  return map;
+}
+
+inline int attribute_of_device(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Whether the copy engine can walk a tensor with these strides, in elements.
+inline bool is_walkable(const void* data, int64_t outer, int64_t outer_stride, int64_t batch, int64_t batch_stride) {
+  constexpr int64_t kFarthest = int64_t{1} << 40;  // bytes of a stride
+  const auto fits = [](int64_t size, int64_t stride) {
+    const int64_t bytes = stride * kElementSize;
+    return size == 1 || (bytes > 0 && bytes < kFarthest && bytes % kAlignment == 0);
+  };
+  return reinterpret_cast<uintptr_t>(data) % kAlignment == 0 && fits(outer, outer_stride) && fits(batch, batch_stride);
+}
+
+inline bool runs_here() {
+#ifdef MHMATMUL_BUILT_FOR_SM90A
+  return attribute_of_device(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         attribute_of_device(cudaDevAttrComputeCapabilityMinor) == 0;
+#else
+  return false;  // the machine code that such a device would run is of an architecture without these instructions
+#endif
+}
+
+}  // namespace mhmatmul::cuda::sm90
