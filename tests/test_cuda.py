@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from support import assert_as_exact, einsum_heads
@@ -341,6 +343,21 @@ def test_streams_do_not_share():
         torch.cuda.synchronize()
         for got, wanted in zip(together, alone, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+
+
+def test_threads_that_have_asked_cuda_for_nothing():
+    """As autograd's own: what the copy engine is told needs a context, which such a thread has not got yet."""
+    input = torch.randn(4096, 16, 128, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(16, 128, 128, device="cuda", dtype=torch.bfloat16)
+    grad_output = torch.randn(4096, 16, 128, device="cuda", dtype=torch.bfloat16)
+
+    def work():
+        return ops.head_matmul(input, weight), *ops._head_matmul_backward(grad_output, input, weight)
+
+    with ThreadPoolExecutor(1) as fresh:
+        results = fresh.submit(work).result()
+    for got, wanted in zip(results, work(), strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

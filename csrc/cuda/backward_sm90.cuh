@@ -285,9 +285,13 @@ __device__ void make_grad_input(const BackwardParams& params, BackwardBarriers& 
         }
         warpgroup_commit_batch();
       }
+      if constexpr (Tile::kChunks == 2) {
+        warpgroup_wait<1>();
+        release_grad<Tile>(&barriers.grad_empty[at.slot][0]);
+      }
       warpgroup_wait<0>();
       warpgroup_fence_operand(sums);
-      for (int chunk = 0; chunk < Tile::kChunks; ++chunk) release_grad<Tile>(&barriers.grad_empty[at.slot][chunk]);
+      release_grad<Tile>(&barriers.grad_empty[at.slot][Tile::kChunks - 1]);
       at.advance(1, kBackwardStages<Tile>);
 
       if (!Tile::kGathers && thread == 0) tma_store_wait<0>();  // the tile before has been read out of tile_out
@@ -359,11 +363,7 @@ __device__ void sum_grad_weight(const BackwardParams& params, BackwardBarriers& 
       slice.partition_B(make_tensor(make_smem_ptr(reinterpret_cast<Element*>(grad_stages)), LayoutB{})));
   Tensor sums = partition_fragment_C(multiply, Shape<_64, Int<Tile::kChunk>>{});
 
-  Place at, before;
-  const auto release = [&](const Place& place) {
-    if (thread % kWarp == 0) ClusterBarrier::arrive(&barriers.input_empty[place.slot]);
-    release_grad<Tile>(&barriers.grad_empty[place.slot][beside]);
-  };
+  Place at;
   for (int segment = team; segment < params.cut.segments(); segment += params.cut.teams) {
     const Segment own(params.cut, segment);
     multiply.accumulate_ = GMMA::ScaleOut::Zero;
@@ -381,16 +381,13 @@ __device__ void sum_grad_weight(const BackwardParams& params, BackwardBarriers& 
         multiply.accumulate_ = GMMA::ScaleOut::One;
       }
       warpgroup_commit_batch();
-      if (tile > own.begin) {
-        warpgroup_wait<1>();
-        release(before);
-      }
-      before = at;
+      // Not kept until the next tile has come: there are few stages, and the other warpgroups keep the units busy.
+      warpgroup_wait<0>();
+      if (thread % kWarp == 0) ClusterBarrier::arrive(&barriers.input_empty[at.slot]);
+      release_grad<Tile>(&barriers.grad_empty[at.slot][beside]);
       at.advance(1, kBackwardStages<Tile>);
     }
-    warpgroup_wait<0>();
     warpgroup_fence_operand(sums);
-    if (own.begin < own.end) release(before);
 
     const int first_row = (own.hd_group * Tile::kCluster + rank) * Tile::kHd + below * 64 + thread / kWarp * 16;
     const auto write = [&](auto* to) {
