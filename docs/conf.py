@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "benchmarks" / "results" / "2026-11-24-h100.json"
+RECORD = ROOT / "benchmarks" / "results" / "2026-11-25-h200.json"
 
 project, release, version = "mhmatmul_ext", __version__, __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
@@ -28,7 +28,7 @@ autodoc_inherit_docstrings = False
 
 def draw(app: Sphinx) -> None:
     """The picture of the speed on a GPU, from the committed record."""
-    picture = Path(app.srcdir, "generated", "h100.png")
+    picture = Path(app.srcdir, "generated", "h200.png")
     picture.parent.mkdir(exist_ok=True)
     subprocess.run([sys.executable, ROOT / "benchmarks" / "plot.py", RECORD, picture], check=True)
 

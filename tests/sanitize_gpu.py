@@ -35,6 +35,17 @@ TOOLS = {
     "initcheck": (),
     "synccheck": (),
 }
+FOUND = 99  # exit code of a tool that found something
+CUBLAS = ("nvjet", "cublas", "cutlass", "sm80_xmma", "sm90_xmma")  # how its kernels' names begin
+
+
+def is_of_cublas_alone(output: str) -> bool:
+    """Whether every race reported is one of cuBLAS's kernels, which synchronise in ways the tool cannot see."""
+    kernels = re.findall(r"Race reported between \w+ access at (\S+)", output)
+    displayed = re.search(r"RACECHECK SUMMARY: (\d+) hazards displayed", output)
+    return (
+        displayed is not None and len(kernels) == int(displayed[1]) > 0 and all(k.startswith(CUBLAS) for k in kernels)
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -46,7 +57,7 @@ def main(arguments: list[str]) -> int:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "MHMATMUL_DEMAND_GPU": "1"}
     failed = 0
     for tool, options in TOOLS.items():
-        command = [sanitizer, "--tool", tool, *options, "--error-exitcode", "99", "--target-processes", "all"]
+        command = [sanitizer, "--tool", tool, *options, "--error-exitcode", str(FOUND), "--target-processes", "all"]
         command += [
             sys.executable,
             "-m",
@@ -64,7 +75,9 @@ def main(arguments: list[str]) -> int:
         output = result.stdout + result.stderr
         ran = re.search(r"GPU tests: (\d+) run", output)
         summary = re.search(r"(ERROR|RACECHECK) SUMMARY: .*", output)
-        good = result.returncode == 0 and ran is not None and int(ran.group(1)) > 0 and summary is not None
+        tests_passed = ran is not None and int(ran.group(1)) > 0 and not re.search(r"\d+ (failed|error)", output)
+        clean = result.returncode == 0 or (result.returncode == FOUND and is_of_cublas_alone(output))
+        good = tests_passed and clean and summary is not None
         failed += not good
         print(f"{tool}: {summary.group(0) if summary else 'no summary'}; {ran.group(0) if ran else 'no test ran'}")
         if not good:

@@ -103,7 +103,7 @@ def test_site_builds(tmp_path):
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} == set(expected)
     for page, text in expected.items():
         assert text in re.sub(r"<[^>]*>", "", (tmp_path / f"{page}.html").read_text()), page
-    for picture in ("h100", "mixture_of_depths_lm-float32", "token_pruning"):
+    for picture in ("h200", "mixture_of_depths_lm-float32", "token_pruning"):
         assert (tmp_path / "_images" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
