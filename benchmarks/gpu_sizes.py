@@ -7,7 +7,6 @@ compared with float64 before it is timed.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import statistics
 from pathlib import Path
@@ -19,6 +18,7 @@ from floor import work
 from gpu_floor import GpuRates, measure_rates
 from gpu_timing import QUICK, Candidate, Gpu, Operands, capture_both, elapsed, prepare, sample
 from gpu_ways import OPPONENTS, OURS
+from plot import find_pyplot
 from record import default_path, environment, gpu_environment, write
 from shapes import Shape
 from verify import check
@@ -84,12 +84,7 @@ def measure(varied: str, size: int, repeats: int, gpu: Gpu, rates: GpuRates) -> 
 
 def draw(record: dict[str, Any], picture: Path) -> None:
     """Shares of the floor over the sizes."""
-    try:
-        matplotlib: Any = importlib.import_module("matplotlib")
-    except ImportError:
-        raise UserError("matplotlib is not installed: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot = find_pyplot()
     figure, all_axes = pyplot.subplots(1, len(VARIED), figsize=(14, 4.5), sharey=True, layout="constrained")
     for axes, varied in zip(all_axes, VARIED, strict=True):
         for name in WAYS:

@@ -23,6 +23,16 @@ def load(path: Path) -> dict[str, Any]:
     return record
 
 
+def find_pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files."""
+    try:
+        matplotlib: Any = importlib.import_module("matplotlib")
+    except ImportError:
+        raise UserError("matplotlib is not installed: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
+
+
 def draw_kind(axes: Any, kind: str, timings: list[dict[str, Any]]) -> None:
     """Bars of all ways, grouped by shape."""
     shapes = list(dict.fromkeys(t["shape"] for t in timings))
@@ -57,13 +67,7 @@ def plot(argv: list[str] | None) -> None:
     timings = [t for t in record["timings"] if (t["dtype"], t["mode"]) == (options.dtype, options.mode)]
     if not timings:
         raise UserError(f"{options.record} has no times of {options.dtype}, {options.mode}")
-    try:
-        matplotlib: Any = importlib.import_module("matplotlib")
-    except ImportError:
-        raise UserError("matplotlib is not installed: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
-
+    pyplot = find_pyplot()
     kinds = list(dict.fromkeys(t["kind"] for t in timings))
     figure, all_axes = pyplot.subplots(len(kinds), squeeze=False, figsize=(14, 3.5 * len(kinds)), layout="constrained")
     for axes, kind in zip(all_axes[:, 0], kinds, strict=True):

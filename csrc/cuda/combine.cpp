@@ -1,4 +1,5 @@
 #include "../checks.h"
+#include "dtype.h"
 #include "rows.h"
 
 #include <ATen/cuda/CUDAContext.h>
@@ -10,21 +11,6 @@
 
 namespace mhmatmul {
 namespace {
-
-cuda::Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return cuda::Dtype::kFloat64;
-    case at::kFloat:
-      return cuda::Dtype::kFloat32;
-    case at::kHalf:
-      return cuda::Dtype::kFloat16;
-    case at::kBFloat16:
-      return cuda::Dtype::kBFloat16;
-    default:
-      TORCH_INTERNAL_ASSERT(false, "combine: an operand of dtype ", tensor.scalar_type(), " passed the checks");
-  }
-}
 
 OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
@@ -41,7 +27,7 @@ Tensor combine_cuda(const Tensor& base, const Tensor& updates, const Tensor& ind
   Tensor output = at::empty(base.sizes(), base.options());
   cuda::combine_rows(rows.const_data_ptr(), added.const_data_ptr(), data_or_null(factors),
                      sorted.const_data_ptr<int64_t>(), order.const_data_ptr<int64_t>(), sizes.t.expect_int(),
-                     sizes.m.expect_int(), sizes.d.expect_int(), dtype_of(base), output.mutable_data_ptr(),
+                     sizes.m.expect_int(), sizes.d.expect_int(), cuda::dtype_of(base), output.mutable_data_ptr(),
                      at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return output;
@@ -55,7 +41,7 @@ Tensor combine_updates_grad_cuda(const Tensor& grad_output, const Tensor& indice
   const int64_t t = sizes.t.expect_int(), d = sizes.d.expect_int();
   Tensor grad_updates = at::empty({t, d}, grad_output.options());
   cuda::scale_rows(rows.const_data_ptr(), places.const_data_ptr<int64_t>(), data_or_null(factors), t,
-                   sizes.m.expect_int(), d, dtype_of(rows), grad_updates.mutable_data_ptr(),
+                   sizes.m.expect_int(), d, cuda::dtype_of(rows), grad_updates.mutable_data_ptr(),
                    at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return grad_updates;
@@ -68,7 +54,7 @@ Tensor combine_gates_grad_cuda(const Tensor& grad_output, const Tensor& updates,
   const int64_t t = sizes.t.expect_int();
   Tensor grad_gates = at::empty({t}, grad_output.options());
   cuda::dot_rows(rows.const_data_ptr(), places.const_data_ptr<int64_t>(), added.const_data_ptr(), t,
-                 sizes.m.expect_int(), sizes.d.expect_int(), dtype_of(rows), grad_gates.mutable_data_ptr(),
+                 sizes.m.expect_int(), sizes.d.expect_int(), cuda::dtype_of(rows), grad_gates.mutable_data_ptr(),
                  at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return grad_gates;

@@ -1,4 +1,5 @@
 #include "../checks.h"
+#include "dtype.h"
 #include "head_gemm.h"
 #include "rows.h"
 
@@ -12,22 +13,6 @@
 
 namespace mhmatmul {
 namespace {
-
-cuda::Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return cuda::Dtype::kFloat64;
-    case at::kFloat:
-      return cuda::Dtype::kFloat32;
-    case at::kHalf:
-      return cuda::Dtype::kFloat16;
-    case at::kBFloat16:
-      return cuda::Dtype::kBFloat16;
-    default:
-      TORCH_INTERNAL_ASSERT(false, "gather_head_matmul: an operand of dtype ", tensor.scalar_type(),
-                            " passed the checks");
-  }
-}
 
 // Where row j of m is named: the place of j among distinct indices, -1 where it is not.
 Tensor inverse(const Tensor& indices, int64_t m) {
@@ -60,7 +45,7 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indi
   const auto [sorted, order] = at::sort(indices, /*stable=*/true, /*dim=*/0, /*descending=*/false);
   Tensor grad_input = at::empty({m, nh, hd}, weight.options());
   cuda::sum_rows(rows.const_data_ptr(), sorted.const_data_ptr<int64_t>(), order.const_data_ptr<int64_t>(),
-                 indices.size(0), m, nh * hd, dtype_of(weight), grad_input.mutable_data_ptr(),
+                 indices.size(0), m, nh * hd, cuda::dtype_of(weight), grad_input.mutable_data_ptr(),
                  at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return grad_input;

@@ -65,17 +65,8 @@ void launch(const HeadGemm& gemm, cudaStream_t stream) {
   const int bytes = kFixedBytes<Tile> + params.cut.a_stages * Tile::kABytes + params.cut.b_stages * Tile::kBBytes;
   check(cudaFuncSetAttribute(head_gemm_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "cudaFuncSetAttribute");
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(params.cut.lanes * params.cut.teams);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, head_gemm_kernel<Tile>, params), "cudaLaunchKernelEx");
+  sm90::launch(head_gemm_kernel<Tile>, dim3(params.cut.lanes * params.cut.teams), kThreads, bytes, /*cluster=*/1,
+               stream, params);
 }
 
 template <class Element, int m, int n>

@@ -72,6 +72,25 @@ inline int attribute_of_device(cudaDeviceAttr attribute) {
   return value;
 }
 
+// A launch that may begin before the kernel ahead of it has ended; `cluster` blocks side by side form a cluster.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, int cluster, cudaStream_t stream,
+            Arguments... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned int>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "cudaLaunchKernelEx");
+}
+
 // Whether the copy engine can walk a tensor with these strides, in elements.
 inline bool is_walkable(const void* data, int64_t outer, int64_t outer_stride, int64_t batch, int64_t batch_stride) {
   constexpr int64_t kFarthest = int64_t{1} << 40;  // bytes of a stride
