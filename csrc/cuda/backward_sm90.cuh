@@ -476,7 +476,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) backward_kernel(const __gri
 // to[i] = the sum over the splits of partial[split, i], in order, rounded once.
 template <class Element>
 __global__ void add_splits_kernel(const float4* partial, int splits, int64_t count, uint2* to) {
+#if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
+#endif
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i >= count) return;
   float4 sum = partial[i];
