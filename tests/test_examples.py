@@ -200,14 +200,14 @@ def prune(out, *arguments):
 
 
 def test_pruning_learns(tmp_path):
-    result = prune(tmp_path, "--epochs=10", "--seeds=3")
-    assert result["kept"] == [1, 2, 3, 4, 6, 8, 12, 16]
+    result = prune(tmp_path, "--epochs=6", "--patch=4", "--learning-rate=0.01", "--seeds=3")
+    assert result["kept"] == [1, 2, 3, 4]
     assert set(result["accuracy"]) == {"kept by importance", "kept by ink", "kept at random"}
     for [shares] in result["accuracy"].values():
         assert shares[-1] > 0.6
         assert shares[0] < shares[-1]
-    assert result["accuracy"]["kept by ink"][0][2] > result["accuracy"]["kept at random"][0][2]
-    assert len(result["milliseconds"]) == 8
+    assert result["accuracy"]["kept by ink"][0][0] > result["accuracy"]["kept at random"][0][0]
+    assert len(result["milliseconds"]) == 4
     assert (tmp_path / "token_pruning.png").read_bytes().startswith(b"\x89PNG")
 
 
