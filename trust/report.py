@@ -1,6 +1,7 @@
 """What a check of trust tried and found, one row of the table that `make trust` prints."""
 
 from __future__ import annotations
+
 from typing import NamedTuple
 
 
