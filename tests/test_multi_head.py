@@ -134,6 +134,17 @@ def test_out(layout, dtype, device):
     assert torch.equal(out, matmul_with_multi_head(input, weight, num_heads))
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_out_that_a_graph_has_saved_is_noticed(mode, device):
+    input, weight, num_heads = make(((4, 6), 2, 8, 5), torch.float32, device)
+    out = torch.ones(4, 6, 2, 5, device=device)
+    product = out * torch.ones(5, device=device, requires_grad=True)
+    with mode():
+        matmul_with_multi_head(input, weight, num_heads, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 def test_out_may_not_share_memory(device):
     input, weight = torch.randn(4, 6, device=device), torch.randn(6, 6, device=device)
     before = input.clone()
