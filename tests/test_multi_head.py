@@ -120,6 +120,7 @@ OUT_LAYOUTS = {
     "columns of a wider one": lambda b, s, n, e, **kw: torch.empty(b, s, n, e + 3, **kw)[..., :e],
     "heads first": lambda b, s, n, e, **kw: torch.empty(n, b, s, e, **kw).permute(1, 2, 0, 3),
     "batch and sequence swapped": lambda b, s, n, e, **kw: torch.empty(s, b, n, e, **kw).transpose(0, 1),
+    "negated lazily": lambda *size, **kw: torch._neg_view(torch.empty(*size, **kw)),
 }
 
 
