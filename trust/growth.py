@@ -87,6 +87,13 @@ def strided(sizes: Sizes, dtype: torch.dtype) -> Callable[[], object]:
     return lambda: matmul_with_multi_head(input, weight, NUM_HEADS)
 
 
+def uncollapsed(sizes: Sizes, dtype: torch.dtype) -> Callable[[], object]:
+    """The same with a slice of longer sequences."""
+    input = torch.ones(sizes.b, sizes.s + 8, sizes.h, dtype=dtype)[:, : sizes.s]
+    weight = _weight(sizes, dtype)
+    return lambda: matmul_with_multi_head(input, weight, NUM_HEADS)
+
+
 def gradients(sizes: Sizes, dtype: torch.dtype) -> Callable[[], object]:
     """Its backward."""
     leaves = _input(sizes, dtype).requires_grad_(), _weight(sizes, dtype).requires_grad_()
@@ -137,6 +144,19 @@ def combined(sizes: Sizes, dtype: torch.dtype) -> Callable[[], object]:
     return lambda: combine(base, updates, places, gates)
 
 
+def combined_strided(sizes: Sizes, dtype: torch.dtype) -> Callable[[], object]:
+    """The same with every other column of wider rows."""
+    places = _places(sizes)
+    base = torch.ones(sizes.b, sizes.s, sizes.h, 2, dtype=dtype)[..., 0]
+    updates = torch.ones(len(places), sizes.h, 2, dtype=dtype)[..., 0]
+    return lambda: combine(base, updates, places)
+
+
+def _combining(sizes: Sizes, itemsize: int) -> int:
+    """Which updates a row gets."""
+    return 8 * (2 * sizes.tokens + sizes.tokens // KEPT)
+
+
 def _selecting(sizes: Sizes, itemsize: int) -> int:
     """The positions of kept tokens once more, or before them each thread's: a row's positions and twice its scores."""
     return max(8 * sizes.tokens // KEPT, torch.get_num_threads() * (8 + 2 * itemsize) * sizes.s)
@@ -156,6 +176,7 @@ def _repeating(sizes: Sizes, itemsize: int) -> int:
 OPERATIONS = {
     "multi-head": Operation(dense),
     "multi-head, strided": Operation(strided),
+    "multi-head, longer rows": Operation(uncollapsed, lambda z, size: size * z.tokens * z.h),
     "its gradients": Operation(gradients),
     "selected": Operation(selected, _selecting_for_a_product),
     "selected, gradients": Operation(
@@ -164,7 +185,10 @@ OPERATIONS = {
     "gathered twice, gradient": Operation(repeated, _repeating),
     "selection": Operation(selection, _selecting, "bs"),
     "selection, int8 mask": Operation(masked, lambda z, _: 48 * z.tokens, "bs"),
-    "combine": Operation(combined, lambda z, _: 8 * (2 * z.tokens + z.tokens // KEPT), "bsh"),
+    "combine": Operation(combined, _combining, "bsh"),
+    "combine, strided": Operation(
+        combined_strided, lambda z, size: _combining(z, size) + size * z.h * (z.tokens + z.tokens // KEPT), "bsh"
+    ),
 }
 
 
