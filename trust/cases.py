@@ -202,6 +202,7 @@ class Case:
     top_k: int | None = None
     capacity: int | None = None
     mask: str | None = None
+    transform: str | None = None  # of torch.func
     seed: int = 0  # of indices and masks
 
     @property
@@ -225,6 +226,8 @@ class Case:
             found += [("selection", "capacity" if self.capacity is not None else "of any size")]
             found += [("selection", f"{self.mask} mask" if self.mask else "no mask")]
             found += [("selection", "threshold a tensor" if self.threshold else "threshold a number")]
+        if self.transform:
+            found += [("torch.func", self.transform)]
         if self.out:
             found += [("out=", self.out)]
         return found
@@ -283,6 +286,8 @@ def cases(draw: st.DrawFn, kinds: tuple[str, ...], machine: tuple[str, ...]) -> 
     if kind == "selection":
         b, s = draw(sizes(2, min(work, 1 << 12)))  # the specification is slow
         return Case(kind, sizes=(b, s), operands=(draw(operands(SCORES)),), **case, **draw(selections(s)))
+    if work <= 1 << 14 and case["dtype"] in ("float32", "float64"):  # PyTorch's products there: half types round twice
+        case["transform"] = draw(st.sampled_from([None, None, None, "vjp", "vmap"]))
     if kind == "combine":
         chosen = draw(sizes(3, min(work, 1 << 16)))  # m, d, t
         drawn = tuple(draw(st.tuples(*[operands()] * 4)))  # base, updates, gates, grad_output

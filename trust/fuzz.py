@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import torch
 from cases import DTYPES, OUT_LAYOUTS, Case, capabilities, cases, poison
-from oracle import WrongError, bits, check, check_same, expected, flush
+from oracle import CHUNK, WrongError, bits, check, check_same, expected, flush
 from report import Row
 from torch import Tensor
 
@@ -26,7 +26,7 @@ import mhmatmul_ext
 from mhmatmul_ext import combine, matmul_with_importance, matmul_with_multi_head, reference, select_important
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 ops = torch.ops.mhmatmul
 
@@ -226,9 +226,27 @@ def check_differentiable(
     names = ("output", *(f"gradient of operand {i}" for i in range(len(found))))
     for name, result, right in zip(names, (plain, *found), wanted, strict=True):
         check(name, result, right, flushes)
+    if case.transform:
+        others = transformed(case, function, operands, grad_output)
+        for name, result, right in zip(names, others, wanted, strict=False):
+            check(f"{name}, {case.transform}", result, right._replace(terms=CHUNK * right.terms))  # sums in any order
     if gradients is not None:
         gradients += found
     return plain
+
+
+def transformed(
+    case: Case, function: Callable[..., Tensor], operands: list[Tensor], grad_output: Tensor
+) -> Sequence[Tensor]:
+    """The result, and if it has them its gradients, under a transform of torch.func, where formulas replace kernels."""
+    if case.transform == "vjp":
+        output, pull_back = torch.func.vjp(function, *operands)
+        return output, *pull_back(grad_output)
+    if case.kind == "importance" and case.capacity is None:  # of a size that depends on data
+        return ()
+    twice = torch.func.vmap(function)(*(torch.stack([tensor, tensor]) for tensor in operands))
+    check_same("the second of a batch", twice[1], twice[0])
+    return (twice[0],)
 
 
 def run(case: Case) -> None:
