@@ -212,6 +212,16 @@ REFUSALS = [
 ]  # fmt: skip
 
 
+# Python's own integers are longer than an operator's; a compiler is told by the schema, in PyTorch's words.
+REFUSALS_OF_LENGTH = [
+    multi_head(ValueError, f"num_heads must fit in 64 bits, got {2**63}", num_heads=2**63),
+    importance(ValueError, f"top_k must fit in 64 bits, got {-(2**70)}", top_k=-(2**70)),
+    select(ValueError, f"capacity must fit in 64 bits, got {2**64}", capacity=2**64),
+    select(ValueError, f"top_p must be in [0, 1], got {10**400}", top_p=10**400),
+    select(ValueError, f"top_p must be in [0, 1], got {-(2**63) - 1}", top_p=-(2**63) - 1, capacity=2),
+]
+
+
 def indices(*values):
     return torch.tensor(values)
 
@@ -278,7 +288,7 @@ def assert_refused(refusal, arguments):
     assert str(caught.value).split("\n")[0] == refusal.text
 
 
-@pytest.mark.parametrize("refusal", [*REFUSALS, *REFUSALS_OF_DATA], ids=str)
+@pytest.mark.parametrize("refusal", [*REFUSALS, *REFUSALS_OF_DATA, *REFUSALS_OF_LENGTH], ids=lambda r: str(r)[:150])
 def test_refused_on_cpu_and_no_trace_left(refusal):
     with no_trace_left(refusal.arguments):
         assert_refused(refusal, refusal.arguments)
@@ -327,6 +337,33 @@ def test_refused_on_meta(refusal):
 def test_refused_on_cuda(refusal):
     text = refusal.text.replace("on cpu as", "on cuda:0 as").replace("on cpu or cpu", "on cpu or cuda:0")
     assert_refused(replace(refusal, text=text), moved(refusal.arguments, "cuda"))
+
+
+EMPTIED = {
+    "input": lambda gone: ops.head_matmul(gone(6, 2, 4), zeros(2, 4, 3)),
+    "weight": lambda gone: ops.head_matmul(zeros(6, 2, 4), gone(2, 4, 3)),
+    "bias": lambda gone: ops.head_matmul(zeros(6, 2, 4), zeros(2, 4, 3), gone(2, 3)),
+    "out": lambda gone: matmul_with_multi_head(zeros(6, 4), zeros(4, 3), 2, out=gone(6, 2, 3)),
+    "grad_output": lambda gone: ops._head_matmul_wgrad(gone(6, 2, 3), zeros(6, 2, 4)),
+    "input of wgrad": lambda gone: ops._head_matmul_wgrad(zeros(6, 2, 3), gone(6, 2, 4)),
+    "gathered": lambda gone: ops.gather_head_matmul(gone(6, 2, 4), zeros(2, 4, 3), indices(0)),
+    "indices": lambda gone: ops.gather_head_matmul(zeros(6, 2, 4), zeros(2, 4, 3), gone(5, dtype=I64)),
+    "probs": lambda gone: select_important(gone(2, 5), 0.0),
+    "top_p": lambda gone: select_important(zeros(2, 5), gone()),
+    "base": lambda gone: combine(gone(5, 4), zeros(1, 4), indices(0)),
+    "updates": lambda gone: combine(zeros(5, 4), gone(1, 4), indices(0)),
+}
+
+
+@pytest.mark.parametrize("operand", EMPTIED)
+def test_a_storage_that_was_emptied_is_refused(operand):
+    def gone(*size, dtype=torch.float32):
+        tensor = torch.zeros(size, dtype=dtype)
+        tensor.untyped_storage().resize_(0)
+        return tensor
+
+    with pytest.raises(RuntimeError, match="not allocated yet"):
+        EMPTIED[operand](gone)
 
 
 def test_none_for_a_tensor_reaches_the_checks():

@@ -240,7 +240,7 @@ def transformed(
 ) -> Sequence[Tensor]:
     """The result, and if it has them its gradients, under a transform of torch.func, where formulas replace kernels."""
     if case.transform == "vjp":
-        output, pull_back = torch.func.vjp(function, *operands)
+        output, pull_back, *_ = torch.func.vjp(function, *operands)
         return output, *pull_back(grad_output)
     if case.kind == "importance" and case.capacity is None:  # of a size that depends on data
         return ()

@@ -1,5 +1,6 @@
 #include "head_gemm.h"
 
+#include "../flatten.h"
 #include "gemm.h"
 #include "rows.h"
 
@@ -91,13 +92,13 @@ void forward(const Tensor& rows, const int64_t* indices, const Tensor& weight, c
                          output.size(0),
                          weight.size(2),
                          weight.size(1),
-                         rows.const_data_ptr(),
+                         allocated(rows).const_data_ptr(),
                          strides_of(rows),
                          indices,
-                         weight.const_data_ptr(),
+                         allocated(weight).const_data_ptr(),
                          {b.head, b.row, b.column},  // [nh, hd, e]: heads come first
-                         bias ? c.const_data_ptr() : nullptr,
-                         output.mutable_data_ptr(),
+                         bias ? allocated(c).const_data_ptr() : nullptr,
+                         allocated(output).mutable_data_ptr(),
                          strides_of(output)});
 }
 
@@ -130,8 +131,9 @@ Tensor wgrad(const Tensor& grad_output, const Tensor& rows, const int64_t* indic
   Tensor grad_weight = empty_output({grad_output.size(1), rows.size(2), grad_output.size(2)}, grad_output.options());
   if (grad_weight.numel() == 0) return grad_weight;
   run_all(WgradProblem{dtype_of(grad_output), grad_output.size(1), grad_output.size(0), rows.size(2),
-                       grad_output.size(2), rows.const_data_ptr(), strides_of(rows), indices,
-                       grad_output.const_data_ptr(), strides_of(grad_output), grad_weight.mutable_data_ptr()});
+                       grad_output.size(2), allocated(rows).const_data_ptr(), strides_of(rows), indices,
+                       allocated(grad_output).const_data_ptr(), strides_of(grad_output),
+                       grad_weight.mutable_data_ptr()});
   return grad_weight;
 }
 
