@@ -202,7 +202,7 @@ class Case:
     top_k: int | None = None
     capacity: int | None = None
     mask: str | None = None
-    transform: str | None = None  # of torch.func
+    transform: str | None = None
     seed: int = 0  # of indices and masks
 
     @property
@@ -227,7 +227,7 @@ class Case:
             found += [("selection", f"{self.mask} mask" if self.mask else "no mask")]
             found += [("selection", "threshold a tensor" if self.threshold else "threshold a number")]
         if self.transform:
-            found += [("torch.func", self.transform)]
+            found += [("transform", self.transform)]
         if self.out:
             found += [("out=", self.out)]
         return found
@@ -287,7 +287,7 @@ def cases(draw: st.DrawFn, kinds: tuple[str, ...], machine: tuple[str, ...]) -> 
         b, s = draw(sizes(2, min(work, 1 << 12)))  # the specification is slow
         return Case(kind, sizes=(b, s), operands=(draw(operands(SCORES)),), **case, **draw(selections(s)))
     if work <= 1 << 14 and case["dtype"] in ("float32", "float64"):  # PyTorch's products there: half types round twice
-        case["transform"] = draw(st.sampled_from([None, None, None, "vjp", "vmap"]))
+        case["transform"] = draw(st.sampled_from([None, None, None, "vjp", "vmap", "backward twice"]))
     if kind == "combine":
         chosen = draw(sizes(3, min(work, 1 << 16)))  # m, d, t
         drawn = tuple(draw(st.tuples(*[operands()] * 4)))  # base, updates, gates, grad_output

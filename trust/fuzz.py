@@ -226,7 +226,9 @@ def check_differentiable(
     names = ("output", *(f"gradient of operand {i}" for i in range(len(found))))
     for name, result, right in zip(names, (plain, *found), wanted, strict=True):
         check(name, result, right, flushes)
-    if case.transform:
+    if case.transform == "backward twice":
+        check_twice(case, function, specified, operands, grad_output)
+    elif case.transform:
         others = transformed(case, function, operands, grad_output)
         for name, result, right in zip(names, others, wanted, strict=False):
             check(f"{name}, {case.transform}", result, right._replace(terms=CHUNK * right.terms))  # sums in any order
@@ -235,18 +237,48 @@ def check_differentiable(
     return plain
 
 
+def check_twice(
+    case: Case,
+    function: Callable[..., Tensor],
+    specified: Callable[..., Tensor],
+    operands: list[Tensor],
+    grad_output: Tensor,
+) -> None:
+    """The gradient of one operand is differentiated again, by the others and by the gradient that it was made of."""
+    place = case.seed % len(operands)
+    leaves = [tensor.detach().requires_grad_() for tensor in (*operands, grad_output)]
+    cotangent = torch.randn(operands[place].shape, generator=torch.Generator().manual_seed(case.seed)).to(grad_output)
+
+    def gradient(function: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
+        *given, grad_output = leaves
+        return torch.autograd.grad(function(*given), given[place], grad_output, create_graph=True)[0]
+
+    first = gradient(function, *leaves)
+    found = torch.autograd.grad(first, leaves, cotangent, allow_unused=True) if first.requires_grad else [None]
+    anything = CHUNK * (1 + math.prod(case.sizes))  # terms of sums of sums
+    wanted = expected(
+        lambda *leaves: gradient(specified, *leaves),
+        [*operands, grad_output],
+        cotangent,
+        [anything] * (2 + len(operands)),
+    )
+    for i, (result, right) in enumerate(zip(found, wanted[1:], strict=False)):
+        if result is None:
+            result = torch.zeros_like(leaves[i])
+        check(f"gradient of operand {i} in that of operand {place}", result, right)
+
+
 def transformed(
     case: Case, function: Callable[..., Tensor], operands: list[Tensor], grad_output: Tensor
 ) -> Sequence[Tensor]:
-    """The result, and if it has them its gradients, under a transform of torch.func, where formulas replace kernels."""
+    """The result and its gradients under a transform of torch.func, where formulas replace kernels."""
     if case.transform == "vjp":
         output, pull_back, *_ = torch.func.vjp(function, *operands)
         return output, *pull_back(grad_output)
     if case.kind == "importance" and case.capacity is None:  # of a size that depends on data
         return ()
     twice = torch.func.vmap(function)(*(torch.stack([tensor, tensor]) for tensor in operands))
-    check_same("the second of a batch", twice[1], twice[0])
-    return (twice[0],)
+    return (twice[1],)
 
 
 def run(case: Case) -> None:
