@@ -205,13 +205,13 @@ def vary(base: Sizes, letter: str, factor: int) -> Sizes:
 
 
 def seconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
-    """The least time of each call; they take turns, so that a busy machine slows all of them."""
+    """The least time of each call on the processor: by the clock, other programs would add theirs to long calls."""
     best = [math.inf] * len(calls)
     for _ in range(rounds):
         for i, call in enumerate(calls):
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            best[i] = min(best[i], time.perf_counter() - start)
+            best[i] = min(best[i], time.process_time() - start)
     return best
 
 
@@ -317,13 +317,16 @@ LONG = Sizes(4, 1 << 14, 4, 1)
 
 
 def time_growth(factors: tuple[int, ...], rounds: int) -> list[Growth]:
-    """Of the times, in float32."""
+    """Of the times, in float32, on one thread."""
     found = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for name, operation in OPERATIONS.items():
         base = BASE if "h" in operation.varied else LONG
         for letter in operation.varied:
             calls = [operation.prepare(vary(base, letter, factor), torch.float32) for factor in factors]
             found.append(Growth(name, letter, exponent(list(factors), seconds(calls, rounds))))
+    torch.set_num_threads(threads)
     return found
 
 
