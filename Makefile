@@ -9,7 +9,7 @@ CUDA_VENV ?= .venv-cuda
 CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 BUILD_INPUTS = setup.py pyproject.toml $(CPP) $(wildcard backend/*.py mhmatmul_ext/*.py mhmatmul_ext/*.pyi)
 
-.PHONY: help demo bench bench-gpu docs test test-cuda-build test-gpu sanitize-gpu lint format clean
+.PHONY: help accuracy demo bench bench-gpu docs fuzz growth test test-cuda-build test-gpu sanitize-gpu lint format clean
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -27,6 +27,17 @@ docs: $(VENV)/built  ## the site, in build/docs/index.html; a warning is an erro
 
 test: $(VENV)/built  ## the whole test suite
 	$(VENV)/bin/pytest tests
+
+N ?= 2000
+fuzz: $(VENV)/built  ## random calls against the specification; N=20000 of them, FUZZ=--seed=1 for others
+	$(VENV)/bin/python trust/fuzz.py $(N) $(FUZZ)
+
+accuracy: $(VENV)/built  ## errors against float64, ours and PyTorch's side by side, in build/accuracy.png as well
+	mkdir -p build
+	$(VENV)/bin/python trust/accuracy.py --output build/accuracy
+
+growth: $(VENV)/built  ## how time and memory grow, and that memory is what was said
+	$(VENV)/bin/python trust/growth.py
 
 test-cuda-build: export FORCE_CUDA = 1
 test-cuda-build: export TORCH_CUDA_ARCH_LIST = 8.0;9.0

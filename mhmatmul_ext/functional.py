@@ -305,13 +305,22 @@ def _check_ints(op: str, *, optional: bool = False, **values: object) -> None:
     for name, value in values.items():
         if not (type(value) is int or (optional and value is None) or _is_number(value, (int, torch.SymInt))):
             raise _wrong_type(op, name, "an int", optional, value)
+        if _is_beyond_int64(value):
+            raise ValueError(f"{op}: {name} must fit in 64 bits, got {value}")
 
 
 def _check_selection(op: str, top_p: object, top_k: object, capacity: object) -> None:
     numbers = (int, float, torch.SymInt, torch.SymFloat)
     if not (type(top_p) is float or isinstance(top_p, Tensor) or _is_number(top_p, numbers)):
         raise _wrong_type(op, "top_p", "a number or a 0-d Tensor", False, top_p)
+    if _is_beyond_int64(top_p):
+        raise ValueError(f"{op}: top_p must be in [0, 1], got {top_p}")
     _check_ints(op, optional=True, top_k=top_k, capacity=capacity)
+
+
+def _is_beyond_int64(value: object) -> bool:
+    """An int that an operator's schema would call one of the wrong type; no compiler need guard against it."""
+    return type(value) is int and not torch.compiler.is_compiling() and not -(2**63) <= value < 2**63
 
 
 def _is_number(value: object, types: tuple[type, ...]) -> bool:

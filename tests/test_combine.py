@@ -72,6 +72,23 @@ def test_padding_adds_nothing_whatever_it_holds(device):
     assert (grad_gates[padding] == 0).all()
 
 
+@pytest.mark.parametrize("transform", ["autograd", "vjp"])
+def test_padding_has_no_gradient_whatever_it_holds(transform, device):
+    base, updates, indices, gates = operands(device)
+    updates[1], gates[6] = NAN, NAN
+    grad_output = torch.randn_like(base)
+    grad_output[0, 0] = NAN  # the row that an index below zero might be taken for
+    if transform == "vjp":
+        _, pull_back = torch.func.vjp(lambda *given: combine(*given[:2], indices, given[2]), base, updates, gates)
+        _, grad_updates, grad_gates = pull_back(grad_output)
+    else:
+        leaves = [tensor.requires_grad_() for tensor in (base, updates, gates)]
+        combined = combine(base, updates, indices, gates)
+        _, grad_updates, grad_gates = torch.autograd.grad(combined, leaves, grad_output)
+    assert (grad_updates[indices < 0] == 0).all()
+    assert (grad_gates[indices < 0] == 0).all()
+
+
 def test_one_rounding(device):
     """256 ones of bfloat16 beside 256: adding them one by one in bfloat16 would stay at 256."""
     base = torch.full((1, 1), 256.0, dtype=torch.bfloat16, device=device)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import mhmatmul_ext
 from mhmatmul_ext import combine, matmul_with_importance, matmul_with_multi_head, select_important
 
 if TYPE_CHECKING:
@@ -208,6 +212,75 @@ REFUSALS = [
 ]  # fmt: skip
 
 
+# Python's own integers are longer than an operator's; a compiler is told by the schema, in PyTorch's words.
+REFUSALS_OF_LENGTH = [
+    multi_head(ValueError, f"num_heads must fit in 64 bits, got {2**63}", num_heads=2**63),
+    importance(ValueError, f"top_k must fit in 64 bits, got {-(2**70)}", top_k=-(2**70)),
+    select(ValueError, f"capacity must fit in 64 bits, got {2**64}", capacity=2**64),
+    select(ValueError, f"top_p must be in [0, 1], got {10**400}", top_p=10**400),
+    select(ValueError, f"top_p must be in [0, 1], got {-(2**63) - 1}", top_p=-(2**63) - 1, capacity=2),
+]
+
+
+def indices(*values):
+    return torch.tensor(values)
+
+
+# Known only from the data, so neither to a tracer nor to a kernel that runs on another device.
+REFUSALS_OF_DATA = [
+    importance(ValueError, "grad_output must be [t, nh, e] = [10, 2, 3], got [9, 2, 3]",
+               grad_output=zeros(9, 2, 3), top_p=0.0),
+    gather(IndexError, "indices must be in [-1, m) = [-1, 6), got -2 at position 0", indices=indices(-2, 0)),
+    gather(IndexError, "indices must be in [-1, m) = [-1, 6), got 6 at position 1", indices=indices(0, 6, 7)),
+    gather(IndexError, "indices must be in [-1, m) = [-1, 0), got 0 at position 0", input=zeros(0, 2, 4),
+           indices=indices(0)),
+    backward("_gather_head_matmul_dgrad", IndexError, "indices must be in [-1, m) = [-1, 4), got 4 at position 0",
+             grad_output=zeros(1, 2, 3), weight=zeros(2, 4, 3), indices=indices(4), m=4),
+    backward("_gather_head_matmul_wgrad", IndexError, "indices must be in [-1, m) = [-1, 6), got -9 at position 0",
+             grad_output=zeros(1, 2, 3), input=zeros(6, 2, 4), indices=indices(-9)),
+    backward("_gather_head_matmul_backward", IndexError, "indices must be in [-1, m) = [-1, 6), got 6 at position 0",
+             grad_output=zeros(1, 2, 3), input=zeros(6, 2, 4), weight=zeros(2, 4, 3), indices=indices(6)),
+    combining(IndexError, "indices must be in [-1, m) = [-1, 10), got 10 at position 6",
+              indices=indices(0, 1, 2, 3, 4, -1, 10)),
+    backward("_combine_updates_grad", IndexError, "indices must be in [-1, m) = [-1, 5), got 5 at position 0",
+             grad_output=zeros(5, 4), indices=indices(5), gates=None),
+    backward("_combine_gates_grad", IndexError, "indices must be in [-1, m) = [-1, 5), got -2 at position 0",
+             grad_output=zeros(5, 4), updates=zeros(1, 4), indices=indices(-2)),
+]  # fmt: skip
+
+
+def global_state():
+    """What a call could leave changed beside its arguments."""
+    return {
+        "torch's random numbers": torch.get_rng_state().tolist(),
+        "Python's": random.getstate(),
+        "numpy's": str(np.random.get_state()),
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "defaults": (torch.get_default_dtype(), torch.get_default_device()),
+        "transforms": torch._C._are_functorch_transforms_active(),
+        "dispatch": (str(torch._C._dispatch_tls_local_include_set()), str(torch._C._dispatch_tls_local_exclude_set())),
+        "subnormal numbers": (torch.tensor(1e-40) * 1).item(),
+        "instructions": mhmatmul_ext._C.cpu_capability(),
+    }
+
+
+@contextmanager
+def no_trace_left(arguments):
+    """Arguments and all that is global are as before."""
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+    before = [(tensor._version, tensor.grad, tensor.clone()) for tensor in tensors]
+    state = global_state()
+    yield
+    for tensor, (version, grad, value) in zip(tensors, before, strict=True):
+        assert tensor._version == version
+        assert tensor.grad is grad
+        assert tensor.is_meta or torch.equal(tensor, value)
+    assert global_state() == state
+
+
 def assert_refused(refusal, arguments):
     with pytest.raises(refusal.error, match=f"^{re.escape(refusal.text)}") as caught:
         refusal.function(**arguments)
@@ -215,24 +288,31 @@ def assert_refused(refusal, arguments):
     assert str(caught.value).split("\n")[0] == refusal.text
 
 
-@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+@pytest.mark.parametrize("refusal", [*REFUSALS, *REFUSALS_OF_DATA, *REFUSALS_OF_LENGTH], ids=lambda r: str(r)[:150])
 def test_refused_on_cpu_and_no_trace_left(refusal):
-    tensors = [leaf for leaf in tree_leaves(refusal.arguments) if isinstance(leaf, torch.Tensor)]
-    before = [(tensor._version, tensor.clone()) for tensor in tensors]
-    rng, grad_mode = torch.get_rng_state(), torch.is_grad_enabled()
-    assert_refused(refusal, refusal.arguments)
-    for tensor, (version, value) in zip(tensors, before, strict=True):
-        assert tensor._version == version
-        assert tensor.is_meta or torch.equal(tensor, value)
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert torch.is_grad_enabled() == grad_mode
+    with no_trace_left(refusal.arguments):
+        assert_refused(refusal, refusal.arguments)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+def test_refused_under_compile_and_no_trace_left(refusal):
+    """The compiler tells in an error of its own, as of PyTorch's operators, which one it met while tracing."""
+    torch._dynamo.reset()
+    with no_trace_left(refusal.arguments), pytest.raises(Exception, match=re.escape(refusal.text)) as caught:
+        torch.compile(refusal.function, backend="eager")(**refusal.arguments)
+    if isinstance(caught.value, torch._dynamo.exc.TorchRuntimeError):
+        assert f"got {refusal.error.__name__}({refusal.text[:20]!r}"[:-1] in str(caught.value)
+    else:
+        assert type(caught.value) is refusal.error
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=str)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
 def test_refused_while_tracing(refusal, mode):
+    state = global_state()
     with mode(), FakeTensorMode() as fake:
         assert_refused(refusal, tree_map_only(torch.Tensor, fake.from_tensor, refusal.arguments))
+    assert global_state() == state
 
 
 def moved(arguments, device):
@@ -259,11 +339,31 @@ def test_refused_on_cuda(refusal):
     assert_refused(replace(refusal, text=text), moved(refusal.arguments, "cuda"))
 
 
-def test_wrong_number_of_kept_rows():
-    """Known only after the selection, still before any multiplication."""
-    text = "matmul_with_importance: grad_output must be [t, nh, e] = [10, 2, 3], got [9, 2, 3]"
-    with pytest.raises(ValueError, match=re.escape(text)):
-        matmul_with_importance(zeros(2, 5, 4), zeros(4, 3), zeros(2, 5), zeros(9, 2, 3), num_heads=2, top_p=0.0)
+EMPTIED = {
+    "input": lambda gone: ops.head_matmul(gone(6, 2, 4), zeros(2, 4, 3)),
+    "weight": lambda gone: ops.head_matmul(zeros(6, 2, 4), gone(2, 4, 3)),
+    "bias": lambda gone: ops.head_matmul(zeros(6, 2, 4), zeros(2, 4, 3), gone(2, 3)),
+    "out": lambda gone: matmul_with_multi_head(zeros(6, 4), zeros(4, 3), 2, out=gone(6, 2, 3)),
+    "grad_output": lambda gone: ops._head_matmul_wgrad(gone(6, 2, 3), zeros(6, 2, 4)),
+    "input of wgrad": lambda gone: ops._head_matmul_wgrad(zeros(6, 2, 3), gone(6, 2, 4)),
+    "gathered": lambda gone: ops.gather_head_matmul(gone(6, 2, 4), zeros(2, 4, 3), indices(0)),
+    "indices": lambda gone: ops.gather_head_matmul(zeros(6, 2, 4), zeros(2, 4, 3), gone(5, dtype=I64)),
+    "probs": lambda gone: select_important(gone(2, 5), 0.0),
+    "top_p": lambda gone: select_important(zeros(2, 5), gone()),
+    "base": lambda gone: combine(gone(5, 4), zeros(1, 4), indices(0)),
+    "updates": lambda gone: combine(zeros(5, 4), gone(1, 4), indices(0)),
+}
+
+
+@pytest.mark.parametrize("operand", EMPTIED)
+def test_a_storage_that_was_emptied_is_refused(operand):
+    def gone(*size, dtype=torch.float32):
+        tensor = torch.zeros(size, dtype=dtype)
+        tensor.untyped_storage().resize_(0)
+        return tensor
+
+    with pytest.raises(RuntimeError, match="not allocated yet"):
+        EMPTIED[operand](gone)
 
 
 def test_none_for_a_tensor_reaches_the_checks():

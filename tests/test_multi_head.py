@@ -120,6 +120,7 @@ OUT_LAYOUTS = {
     "columns of a wider one": lambda b, s, n, e, **kw: torch.empty(b, s, n, e + 3, **kw)[..., :e],
     "heads first": lambda b, s, n, e, **kw: torch.empty(n, b, s, e, **kw).permute(1, 2, 0, 3),
     "batch and sequence swapped": lambda b, s, n, e, **kw: torch.empty(s, b, n, e, **kw).transpose(0, 1),
+    "negated lazily": lambda *size, **kw: torch._neg_view(torch.empty(*size, **kw)),
 }
 
 
@@ -132,6 +133,17 @@ def test_out(layout, dtype, device):
     assert returned is out
     assert out._version > version
     assert torch.equal(out, matmul_with_multi_head(input, weight, num_heads))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_out_that_a_graph_has_saved_is_noticed(mode, device):
+    input, weight, num_heads = make(((4, 6), 2, 8, 5), torch.float32, device)
+    out = torch.ones(4, 6, 2, 5, device=device)
+    product = out * torch.ones(5, device=device, requires_grad=True)
+    with mode():
+        matmul_with_multi_head(input, weight, num_heads, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
 
 
 def test_out_may_not_share_memory(device):

@@ -96,9 +96,10 @@ Tensor combine(const Tensor& base, const Tensor& updates, const Tensor& indices,
   const Tensor rows = as_rows(base);
   if (rows.sym_size(0) == 0) return base.clone();
   const auto sum_dtype = at::toOpMathType(base.scalar_type());
-  Tensor added = updates.to(sum_dtype);
-  if (gates) added = added.mul(gates->to(sum_dtype).unsqueeze(-1));
-  added = added.masked_fill(indices.lt(0).unsqueeze(-1), 0);
+  const Tensor is_padding = indices.lt(0);
+  Tensor added = updates.to(sum_dtype).masked_fill(is_padding.unsqueeze(-1), 0);
+  // Both factors are masked: masked after the product, a NaN in padding would come back in the other's gradient.
+  if (gates) added = added.mul(gates->to(sum_dtype).masked_fill(is_padding, 0).unsqueeze(-1));
   return rows.to(sum_dtype)
       .index_add(0, indices.clamp_min(0), added)
       .to(base.scalar_type())

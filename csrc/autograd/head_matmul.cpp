@@ -114,6 +114,12 @@ void head_matmul_out_autograd(const Tensor& input, const Tensor& weight, const O
               "matmul_with_multi_head: out= is not differentiable, but an operand requires grad; "
               "call it under torch.no_grad() or without out=");
   TORCH_CHECK(!formulas::needed(input, weight, bias), kOutUnderTransform);
+  at::AutoDispatchBelowAutograd below;
+  head_matmul_out(input, weight, bias, out);
+}
+
+// Not in the kernel above: inference mode leaves that out, and a graph recorded outside may have saved `out`.
+void head_matmul_out_versioned(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Tensor& out) {
   {
     at::AutoDispatchBelowADInplaceOrView below;
     head_matmul_out(input, weight, bias, out);
@@ -137,6 +143,7 @@ TORCH_LIBRARY_IMPL(mhmatmul, Autograd, m) {
   m.impl("_head_matmul_backward", head_matmul_backward_autograd);
 }
 
+TORCH_LIBRARY_IMPL(mhmatmul, ADInplaceOrView, m) { m.impl("_head_matmul_out", head_matmul_out_versioned); }
 TORCH_LIBRARY_IMPL(mhmatmul, FuncTorchBatched, m) { register_formulas(m); }
 TORCH_LIBRARY_IMPL(mhmatmul, Batched, m) { register_formulas(m); }  // torch.autograd.grad(is_grads_batched=True)
 

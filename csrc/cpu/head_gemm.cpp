@@ -1,5 +1,6 @@
 #include "head_gemm.h"
 
+#include "../flatten.h"
 #include "gemm.h"
 #include "rows.h"
 
@@ -21,6 +22,7 @@ namespace mhmatmul::cpu {
 namespace {
 
 constexpr int64_t kHugePage = int64_t{1} << 21;
+constexpr int64_t kRowsToAdd = 1024;            // enough for the product to be as fast as of all at once
 constexpr int64_t kAdviseFrom = 2 * kHugePage;  // below, a huge page or none makes no difference
 
 Dtype dtype_of(const Tensor& tensor) {
@@ -90,13 +92,13 @@ void forward(const Tensor& rows, const int64_t* indices, const Tensor& weight, c
                          output.size(0),
                          weight.size(2),
                          weight.size(1),
-                         rows.const_data_ptr(),
+                         allocated(rows).const_data_ptr(),
                          strides_of(rows),
                          indices,
-                         weight.const_data_ptr(),
+                         allocated(weight).const_data_ptr(),
                          {b.head, b.row, b.column},  // [nh, hd, e]: heads come first
-                         bias ? c.const_data_ptr() : nullptr,
-                         output.mutable_data_ptr(),
+                         bias ? allocated(c).const_data_ptr() : nullptr,
+                         allocated(output).mutable_data_ptr(),
                          strides_of(output)});
 }
 
@@ -108,16 +110,20 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indi
     forward(grad_output, places->data(), transposed, std::nullopt, grad_input);
     return grad_input;
   }
+  // Rows of the product are added up block by block: neither they nor the widened gradients are ever there as a whole.
   const auto dtype = at::toOpMathType(weight.scalar_type());
-  Tensor rows = at::empty({t, nh, hd}, weight.options().dtype(dtype));
-  forward(grad_output.to(dtype), nullptr, transposed.to(dtype), std::nullopt, rows);
+  const Tensor wide = transposed.to(dtype), rows = at::empty({std::min(t, kRowsToAdd), nh, hd}, wide.options());
   Tensor grad_input = at::zeros({m, nh, hd}, rows.options());
-  AT_DISPATCH_FLOATING_TYPES(dtype, "add_rows", [&] {
-    at::parallel_for(0, nh * hd, 64, [&](int64_t begin, int64_t end) {
-      add_rows(rows.const_data_ptr<scalar_t>(), indices.const_data_ptr<int64_t>(), t, begin, end, nh * hd,
-               grad_input.mutable_data_ptr<scalar_t>());
+  for (int64_t first = 0; first < t; first += kRowsToAdd) {
+    const int64_t count = std::min(t - first, kRowsToAdd);
+    forward(grad_output.narrow(0, first, count).to(dtype), nullptr, wide, std::nullopt, rows.narrow(0, 0, count));
+    AT_DISPATCH_FLOATING_TYPES(dtype, "add_rows", [&] {
+      at::parallel_for(0, nh * hd, 64, [&](int64_t begin, int64_t end) {
+        add_rows(rows.const_data_ptr<scalar_t>(), indices.const_data_ptr<int64_t>() + first, count, begin, end, nh * hd,
+                 grad_input.mutable_data_ptr<scalar_t>());
+      });
     });
-  });
+  }
   return grad_input.to(weight.scalar_type());
 }
 
@@ -125,8 +131,9 @@ Tensor wgrad(const Tensor& grad_output, const Tensor& rows, const int64_t* indic
   Tensor grad_weight = empty_output({grad_output.size(1), rows.size(2), grad_output.size(2)}, grad_output.options());
   if (grad_weight.numel() == 0) return grad_weight;
   run_all(WgradProblem{dtype_of(grad_output), grad_output.size(1), grad_output.size(0), rows.size(2),
-                       grad_output.size(2), rows.const_data_ptr(), strides_of(rows), indices,
-                       grad_output.const_data_ptr(), strides_of(grad_output), grad_weight.mutable_data_ptr()});
+                       grad_output.size(2), allocated(rows).const_data_ptr(), strides_of(rows), indices,
+                       allocated(grad_output).const_data_ptr(), strides_of(grad_output),
+                       grad_weight.mutable_data_ptr()});
   return grad_weight;
 }
 

@@ -1,6 +1,7 @@
 #include "select.h"
 
 #include "../checks.h"
+#include "../flatten.h"
 #include "../score_format.h"
 
 #include <ATen/Parallel.h>
@@ -18,13 +19,13 @@ int64_t rows_per_task(int64_t s) { return std::max<int64_t>(1, 16384 / std::max<
 template <class Format>
 typename Format::Bits read_threshold(const Tensor& top_p, const Tensor& probs) {
   const Tensor rounded = top_p.to(probs.scalar_type()).contiguous();
-  return *static_cast<const typename Format::Bits*>(rounded.const_data_ptr());
+  return *static_cast<const typename Format::Bits*>(allocated(rounded).const_data_ptr());
 }
 
 template <class Format>
 std::vector<cpu::RowSelection> select_rows(const Tensor& probs, typename Format::Bits top_p, int64_t k) {
   const int64_t b = probs.size(0), s = probs.size(1), row_stride = probs.stride(0), stride = probs.stride(1);
-  const auto* data = static_cast<const typename Format::Bits*>(probs.const_data_ptr());
+  const auto* data = static_cast<const typename Format::Bits*>(allocated(probs).const_data_ptr());
   std::vector<cpu::RowSelection> rows(b);
   at::parallel_for(0, b, rows_per_task(s), [&](int64_t begin, int64_t end) {
     cpu::SelectionScratch<Format> scratch;
