@@ -102,9 +102,10 @@ def test_sdist(sdist):
     assert sdist.name == f"{NAME}.tar.gz"
     with tarfile.open(sdist) as archive:
         files = [member.name.removeprefix(f"{NAME}/") for member in archive.getmembers() if member.isfile()]
-    ours = {"backend", "benchmarks", "csrc", "docs", "examples", "mhmatmul_ext", "tests", "mhmatmul_ext.egg-info"}
-    assert {file.partition("/")[0] for file in files if "/" in file} == ours
+    ours = {"backend", "benchmarks", "csrc", "docs", "examples", "mhmatmul_ext", "tests", "trust"}
+    assert {file.partition("/")[0] for file in files if "/" in file} == {*ours, "mhmatmul_ext.egg-info"}
     assert {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "docs/conf.py", "mhmatmul_ext/py.typed"} <= set(files)
+    assert {"SECURITY.md", "trust/run.py", "trust/driver.cpp"} <= set(files)
     assert not [file for file in files if Path(file).suffix in (".so", ".o", ".whl", ".pt", ".pyc")]
 
 
