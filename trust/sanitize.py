@@ -75,8 +75,8 @@ VALGRIND = Tool(
     "under Valgrind's memcheck",
     ("-O1",),
     {"uninitialised": "depends on uninitialised value"},
-    cases=200,
-    short_cases=40,
+    cases=60,
+    short_cases=10,
     before=("valgrind", "-q", "--error-exitcode=99", "--exit-on-first-error=yes"),
 )
 
