@@ -29,13 +29,16 @@ def run_tests(what: str, *names: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *(str(TESTS / name) for name in names)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        # In the folder of the tests: the package's own folder, without its library, is not to be found first.
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=TESTS)
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [element for case in cases for element in case.iter("skipped")]
     if result.returncode:
         print(result.stdout[-10000:], result.stderr[-2000:], file=sys.stderr)
     found = f"{len(failed)} failed, {failed[0]} first" if failed else "nothing"
+    if result.returncode and not failed:
+        found = f"pytest ended with {result.returncode}"
     if skipped:
         found += f"; {len(skipped)} not run: {skipped[0].get('message')}"
     tried = len(cases) - len(skipped)
