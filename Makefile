@@ -7,9 +7,11 @@ CUDA_TORCH ?= torch==2.11.0
 CUDA_VENV ?= .venv-cuda
 
 CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+TOOLS_CPP = $(wildcard tests/*.cpp trust/*.cpp trust/*.h)
 BUILD_INPUTS = setup.py pyproject.toml $(CPP) $(wildcard backend/*.py mhmatmul_ext/*.py mhmatmul_ext/*.pyi)
 
-.PHONY: help accuracy demo bench bench-gpu docs fuzz growth test test-cuda-build test-gpu sanitize-gpu lint format clean
+.PHONY: help demo bench bench-gpu docs test test-cuda-build test-gpu sanitize-gpu trust fuzz accuracy growth sanitize coverage
+.PHONY: lint format clean
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -53,16 +55,26 @@ sanitize-gpu: export MHMATMUL_DEMAND_GPU = 1
 sanitize-gpu: $(VENV)/built  ## the operators' GPU tests under compute-sanitizer: memory, races, initialisation, barriers
 	$(VENV)/bin/python tests/sanitize_gpu.py
 
+trust: $(VENV)/built  ## all that trust rests on, in short forms, as one table, in a quarter of an hour; TRUST=options
+	$(VENV)/bin/python trust/run.py $(TRUST)
+
+sanitize: $(VENV)/built  ## CPU kernels between guard pages and under three sanitizers; SANITIZE=--valgrind for another
+	$(VENV)/bin/python trust/sanitize.py $(SANITIZE)
+
+coverage: $(VENV)/built  ## which branches of Python and lines of C++ the tests reach; fails where one has no reason
+	$(VENV)/bin/pip install -q 'coverage>=7.10' 'gcovr>=8' ninja 'pybind11>=2.13' 'setuptools>=77'
+	$(VENV)/bin/python trust/lines.py $(COVERAGE)
+
 lint: $(VENV)/built  ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(CPP) $(wildcard tests/*.cpp)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP) $(TOOLS_CPP)
 	$(VENV)/bin/mypy
 
 format: $(VENV)/built  ## rewrite the sources as lint wants them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CPP) $(wildcard tests/*.cpp)
+	$(VENV)/bin/clang-format -i $(CPP) $(TOOLS_CPP)
 
 clean:  ## remove everything built and installed
 	rm -rf build dist *.egg-info mhmatmul_ext/*.so $(VENV) $(CUDA_VENV)

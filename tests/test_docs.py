@@ -97,6 +97,7 @@ def test_site_builds(tmp_path):
         "recipes": "Monarch",
         "composability": "nothing to prove",
         "distributed": "heads",
+        "trust": "planted for it",
         "contributing": "Adding a backend",
         "changelog": mhmatmul_ext.__version__,
     }

@@ -106,6 +106,7 @@ def test_sdist(sdist):
     ours = {"backend", "benchmarks", "csrc", "docs", "examples", "mhmatmul_ext", "tests", "trust"}
     assert {file.partition("/")[0] for file in files if "/" in file} == {*ours, "mhmatmul_ext.egg-info"}
     assert {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "docs/conf.py", "mhmatmul_ext/py.typed"} <= set(files)
+    assert {"SECURITY.md", "trust/run.py", "trust/driver.cpp"} <= set(files)
     assert not [file for file in files if Path(file).suffix in (".so", ".o", ".whl", ".pt", ".pyc")]
 
 

@@ -1,6 +1,7 @@
 #include "combine.h"
 
 #include "../checks.h"
+#include "memory.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -93,9 +94,9 @@ Tensor combine_gates_grad_cpu(const Tensor& grad_output, const Tensor& updates, 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mhmatmul, CPU, m) {
-  m.impl("combine", combine_cpu);
-  m.impl("_combine_updates_grad", combine_updates_grad_cpu);
-  m.impl("_combine_gates_grad", combine_gates_grad_cpu);
+  m.impl("combine", cpu::WithMemoryErrors<combine_cpu>::call);
+  m.impl("_combine_updates_grad", cpu::WithMemoryErrors<combine_updates_grad_cpu>::call);
+  m.impl("_combine_gates_grad", cpu::WithMemoryErrors<combine_gates_grad_cpu>::call);
 }
 
 }  // namespace mhmatmul

@@ -1,5 +1,6 @@
 #include "../checks.h"
 #include "head_gemm.h"
+#include "memory.h"
 
 #include <torch/library.h>
 
@@ -48,10 +49,10 @@ std::tuple<Tensor, Tensor> gather_head_matmul_backward_cpu(const Tensor& grad_ou
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mhmatmul, CPU, m) {
-  m.impl("gather_head_matmul", gather_head_matmul_cpu);
-  m.impl("_gather_head_matmul_dgrad", gather_head_matmul_dgrad_cpu);
-  m.impl("_gather_head_matmul_wgrad", gather_head_matmul_wgrad_cpu);
-  m.impl("_gather_head_matmul_backward", gather_head_matmul_backward_cpu);
+  m.impl("gather_head_matmul", cpu::WithMemoryErrors<gather_head_matmul_cpu>::call);
+  m.impl("_gather_head_matmul_dgrad", cpu::WithMemoryErrors<gather_head_matmul_dgrad_cpu>::call);
+  m.impl("_gather_head_matmul_wgrad", cpu::WithMemoryErrors<gather_head_matmul_wgrad_cpu>::call);
+  m.impl("_gather_head_matmul_backward", cpu::WithMemoryErrors<gather_head_matmul_backward_cpu>::call);
 }
 
 }  // namespace mhmatmul

@@ -134,7 +134,12 @@ void* thread_scratch(int64_t bytes) {
   };
   thread_local std::unique_ptr<void, Release> memory;
   thread_local int64_t size = 0;
-  if (bytes > size) {
+#if defined(__SANITIZE_ADDRESS__)
+  const bool suits = bytes == size;  // nothing behind it that an earlier task would have made room for
+#else
+  const bool suits = bytes <= size;
+#endif
+  if (!suits) {
     memory.reset();
     size = 0;
     memory.reset(::operator new(bytes, kCacheLine));

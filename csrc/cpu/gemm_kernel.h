@@ -15,6 +15,10 @@
 
 #include <cstring>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace mhmatmul::cpu {
 
 struct KernelTable {
@@ -44,24 +48,36 @@ struct Size {
   static constexpr int value = value_;
 };
 
-// Scratch memory of one task, carved from what its thread keeps.
+// Scratch memory of one task, carved from what its thread keeps. AddressSanitizer sees each piece as one of its own.
 class Arena {
  public:
-  explicit Arena(int64_t bytes) : next_(static_cast<char*>(thread_scratch(bytes))) {}
+  explicit Arena(int64_t bytes) : next_(static_cast<char*>(thread_scratch(bytes))) {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_POISON_MEMORY_REGION(next_, bytes);
+#endif
+  }
 
   template <class T>
   static int64_t bytes(int64_t count) {
-    return (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    return (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment + kRedZone;
   }
   template <class T>
   T* take(int64_t count) {
     char* const taken = next_;
     next_ += bytes<T>(count);
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(taken, count * sizeof(T));
+#endif
     return reinterpret_cast<T*>(taken);
   }
 
  private:
   static constexpr int64_t kAlignment = 64;
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t kRedZone = 64;
+#else
+  static constexpr int64_t kRedZone = 0;
+#endif
   char* next_;
 };
 

@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -54,18 +53,6 @@ void run_all(const Problem& problem) {
   });
 }
 
-// Where each of m rows finds itself among the indices, -1 where nowhere; nullopt when one of them is there twice.
-std::optional<std::vector<int64_t>> inverse(const Tensor& indices, int64_t m) {
-  std::vector<int64_t> places(m, -1);
-  const int64_t* const index = indices.const_data_ptr<int64_t>();
-  for (int64_t r = 0; r < indices.size(0); ++r) {
-    if (index[r] < 0) continue;
-    if (places[index[r]] >= 0) return std::nullopt;
-    places[index[r]] = r;
-  }
-  return places;
-}
-
 }  // namespace
 
 Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
@@ -105,7 +92,8 @@ void forward(const Tensor& rows, const int64_t* indices, const Tensor& weight, c
 Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indices, int64_t m) {
   const int64_t nh = weight.size(0), hd = weight.size(1), t = grad_output.size(0);
   const Tensor transposed = weight.transpose(1, 2);
-  if (const auto places = inverse(indices, m)) {  // every row of grad_input has one source or none
+  if (const auto places =
+          inverse(indices.const_data_ptr<int64_t>(), t, m)) {  // every row of grad_input has one source or none
     Tensor grad_input = empty_output({m, nh, hd}, weight.options());
     forward(grad_output, places->data(), transposed, std::nullopt, grad_input);
     return grad_input;

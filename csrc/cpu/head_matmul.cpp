@@ -1,6 +1,7 @@
 #include "../checks.h"
 #include "../flatten.h"
 #include "head_gemm.h"
+#include "memory.h"
 
 #include <torch/library.h>
 
@@ -40,10 +41,10 @@ std::tuple<Tensor, Tensor> head_matmul_backward_cpu(const Tensor& grad_output, c
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mhmatmul, CPU, m) {
-  m.impl("head_matmul", head_matmul_cpu);
-  m.impl("_head_matmul_out", head_matmul_out_cpu);
-  m.impl("_head_matmul_wgrad", head_matmul_wgrad_cpu);
-  m.impl("_head_matmul_backward", head_matmul_backward_cpu);
+  m.impl("head_matmul", cpu::WithMemoryErrors<head_matmul_cpu>::call);
+  m.impl("_head_matmul_out", cpu::WithMemoryErrors<head_matmul_out_cpu>::call);
+  m.impl("_head_matmul_wgrad", cpu::WithMemoryErrors<head_matmul_wgrad_cpu>::call);
+  m.impl("_head_matmul_backward", cpu::WithMemoryErrors<head_matmul_backward_cpu>::call);
 }
 
 }  // namespace mhmatmul

@@ -1,7 +1,9 @@
-// Adding up rows by index. -1 names no row: it adds nothing. Indices have been checked.
+// Rows by index, and adding them up. -1 names no row: it adds nothing. Indices have been checked.
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <vector>
 
 namespace mhmatmul::cpu {
 
@@ -15,6 +17,17 @@ void add_rows(const T* from, const int64_t* indices, int64_t t, int64_t begin, i
     T* const target = to + indices[r] * width;
     for (int64_t c = begin; c < end; ++c) target[c] += source[c];
   }
+}
+
+// Where each of m rows finds itself among t indices, -1 where nowhere; nullopt when one of them is there twice.
+inline std::optional<std::vector<int64_t>> inverse(const int64_t* indices, int64_t t, int64_t m) {
+  std::vector<int64_t> places(m, -1);
+  for (int64_t r = 0; r < t; ++r) {
+    if (indices[r] < 0) continue;
+    if (places[indices[r]] >= 0) return std::nullopt;
+    places[indices[r]] = r;
+  }
+  return places;
 }
 
 }  // namespace mhmatmul::cpu

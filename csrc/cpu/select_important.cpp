@@ -3,6 +3,7 @@
 #include "../checks.h"
 #include "../flatten.h"
 #include "../score_format.h"
+#include "memory.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -95,9 +96,9 @@ std::tuple<Tensor, Tensor> select_important_static_cpu(const Tensor& probs, cons
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mhmatmul, CPU, m) {
-  m.impl("select_important", select_important_cpu);
-  m.impl("_select_important_tensor", select_important_tensor_cpu);
-  m.impl("select_important_static", select_important_static_cpu);
+  m.impl("select_important", cpu::WithMemoryErrors<select_important_cpu>::call);
+  m.impl("_select_important_tensor", cpu::WithMemoryErrors<select_important_tensor_cpu>::call);
+  m.impl("select_important_static", cpu::WithMemoryErrors<select_important_static_cpu>::call);
 }
 
 }  // namespace mhmatmul
