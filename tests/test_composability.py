@@ -6,7 +6,6 @@ The marks are printed as a table after the run; README shows the same one.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections import Counter
 import pytest
 import torch
 from composability import COLUMNS, ROWS, Make, Sizes, applies, differentiable, floating
+from support import peak_memory
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -371,19 +371,6 @@ def test_inductor_adds_no_copy(name, device):
     assert all("torch.ops.mhmatmul." in code for code in codes)
     for copy in ("async_compile.cpp", "async_compile.triton", ".copy_(", "clone"):
         assert not any(copy in code for code in codes), copy
-
-
-def peak_memory(device, function):
-    """The most that was allocated at once during a call, beyond what was there before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate((e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())), initial=0))
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)])
