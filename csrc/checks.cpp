@@ -271,6 +271,13 @@ void check_kept(std::string_view op, int64_t t) {
   TORCH_CHECK_VALUE(t <= kMost, op, ": cu_seqlens is int32 and can count ", text(kMost), " kept tokens, got ", text(t));
 }
 
+namespace {
+void check_select_arguments(std::string_view op, const Tensor& probs, std::optional<double> top_p_value,
+                            const OptionalTensor& top_p, std::optional<SymInt> top_k, std::optional<SymInt> capacity) {
+  check_select(op, probs, top_p_value, top_p, top_k, capacity);
+}
+}  // namespace
+
 TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {
   m.impl("_check_head_matmul",
          [](std::string_view op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -280,10 +287,7 @@ TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {
          [](std::string_view op, const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
             const OptionalTensor& indices,
             std::optional<SymInt> m) { check_head_matmul_backward(op, grad_output, input, weight, indices, m); });
-  m.impl("_check_select", [](std::string_view op, const Tensor& probs, std::optional<double> top_p_value,
-                             const OptionalTensor& top_p, std::optional<SymInt> top_k, std::optional<SymInt> capacity) {
-    check_select(op, probs, top_p_value, top_p, top_k, capacity);
-  });
+  m.impl("_check_select", check_select_arguments);
   m.impl("_check_importance_head_matmul",
          [](std::string_view op, const Tensor& input, const Tensor& weight, const Tensor& probs,
             std::optional<double> top_p_value, const OptionalTensor& top_p, std::optional<SymInt> top_k) {
@@ -294,5 +298,8 @@ TORCH_LIBRARY_IMPL(mhmatmul, CompositeImplicitAutograd, m) {
     check_combine(op, std::string(rows_name).c_str(), rows, updates, indices, gates);
   });
 }
+
+// A mask is checked in Python, where torch.vmap may be at work.
+TORCH_LIBRARY_IMPL(mhmatmul, FuncTorchBatched, m) { m.impl("_check_select", check_select_arguments); }
 
 }  // namespace mhmatmul

@@ -14,8 +14,9 @@ TORCH_LIBRARY(mhmatmul, m) {
 
   // Each head's rows by its own matrix: [..., nh, hd], [nh, hd, e], bias [nh, e] -> [..., nh, e].
   m.def("head_matmul(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", tags);
-  // The same, written to `out`, whose last stride is 1.
-  m.def("_head_matmul_out(Tensor input, Tensor weight, Tensor? bias, *, Tensor(a!) out) -> ()", tags);
+  // The same, written to `out`, whose last stride is 1. Given by place: torch.compile refuses strided tensors that are
+  // named `out=`.
+  m.def("_head_matmul_out(Tensor input, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()", tags);
   // Gradient of head_matmul's weight: the sum over rows of input^T grad_output, [nh, hd, e].
   m.def("_head_matmul_wgrad(Tensor grad_output, Tensor input) -> Tensor", tags);
   // Gradients of head_matmul's input and weight together.
@@ -30,7 +31,7 @@ TORCH_LIBRARY(mhmatmul, m) {
   m.def("_multi_head_matmul_bias(Tensor input, Tensor weight, SymInt num_heads, Tensor bias) -> Tensor", tags);
   // The same, written to `out`.
   m.def(
-      "_multi_head_matmul_out(Tensor input, Tensor weight, SymInt num_heads, Tensor? bias, *, "
+      "_multi_head_matmul_out(Tensor input, Tensor weight, SymInt num_heads, Tensor? bias, "
       "Tensor(a!) out) -> ()",
       tags);
 

@@ -18,7 +18,8 @@ RECORD = ROOT / "benchmarks" / "results" / "2026-11-25-h200.json"
 
 project, release, version = "mhmatmul_ext", __version__, __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-html_theme, html_title = "furo", f"mhmatmul_ext {__version__}"
+html_theme, html_title, html_show_copyright = "furo", f"mhmatmul_ext {__version__}", False
+html_static_path, html_css_files = ["style"], ["tables.css"]
 exclude_patterns = ["generated/*.md"]
 napoleon_custom_sections = ["Shapes"]
 default_role = "code"  # a single backtick

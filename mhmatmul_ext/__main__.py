@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import signal
 import sys
@@ -65,41 +66,69 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         epilog="Exit codes: 0 all right, 1 a result is wrong, 2 wrong usage.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, build configuration, backends and registered operators")
-    commands.add_parser("check", help="compare this installation with the reference, in seconds; for bug reports")
-    bench = commands.add_parser("bench", help="speed against plain PyTorch and against the machine's limits")
-    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    bench.add_argument("--dtype", choices=list(_bench.DTYPES), default="float32")
-    bench.add_argument("--shapes", nargs="+", default=_bench.SHAPES, metavar="ROWSxHEADSxINxOUT")
+
+    def add(name: str, summary: str, description: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=description, epilog=parser.epilog)
+
+    add(
+        "info", "versions, build configuration, backends and registered operators",
+        "Print what is installed, what it was built with, what it can do on this machine, and every operator with the "
+        "devices that it has kernels for.",
+    )  # fmt: skip
+    add(
+        "check", "compare this installation with the reference, in seconds; for bug reports",
+        "Compare values, gradients and selections in every dtype, on every device here, with the reference in plain "
+        "PyTorch. Takes seconds; paste what it prints into bug reports.",
+    )  # fmt: skip
+    bench = add(
+        "bench", "speed against plain PyTorch and against the machine's limits",
+        "Time the forward product beside plain PyTorch's ways to write it, after comparing every result with float64, "
+        "and tell which share of the machine's limits it reaches.",
+    )  # fmt: skip
+    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default %(default)s)")
+    bench.add_argument("--dtype", choices=list(_bench.DTYPES), default="float32", help="(default %(default)s)")
+    bench.add_argument(
+        "--shapes", nargs="+", default=_bench.SHAPES, metavar="ROWSxHEADSxINxOUT",
+        help=f"rows, heads, and a head's inputs and outputs (default {' '.join(_bench.SHAPES)})",
+    )  # fmt: skip
     bench.add_argument(
         "--opponents", nargs="+", choices=list(_bench.OPPONENTS), default=list(_bench.OPPONENTS), metavar="NAME",
-        help=", ".join(_bench.OPPONENTS),
+        help=f"of {', '.join(_bench.OPPONENTS)} (default all)",
     )  # fmt: skip
-    bench.add_argument("--seconds", type=float, default=0.5, help="how long to time each, at least (default 0.5)")
+    bench.add_argument(
+        "--seconds", type=_duration, default=0.5, help="how long to time each, at least (default %(default)s)"
+    )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw them there; needs matplotlib")
     return parser.parse_args(arguments)
 
 
+def _duration(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return seconds
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code is 0 for success, 1 for a wrong result and 2 for wrong usage."""
     options = parse(arguments)
-    if options.command == "check":
-        return check()
-    if options.command == "bench":
-        try:
+    try:
+        if options.command == "check":
+            return check()
+        if options.command == "bench":
             _bench.bench(options)
-        except _bench.UserError as error:
-            print(f"python -m mhmatmul_ext bench: error: {error}", file=sys.stderr)
-            return 2
-        except ArithmeticError as error:
-            print(f"FAILED: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            return 130
-        return 0
-    for name, value in info():
-        print(f"{name:<42} {value}")
+        else:
+            for name, value in info():
+                print(f"{name:<42} {value}")
+    except _bench.UserError as error:
+        print(f"python -m mhmatmul_ext {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except ArithmeticError as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

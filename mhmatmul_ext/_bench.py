@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from functools import partial
 from statistics import median
@@ -137,7 +138,46 @@ def _plot(record: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.set_xticks(range(len(rows)), [row["shape"] for row in rows])
     figure.suptitle(f"mhmatmul_ext {record['version']}, {record['device']}, {record['dtype']}")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format=_format(path))
+
+
+def _check_memory(shapes: list[Shape], dtype: torch.dtype, device: str) -> None:
+    """Refuse what would end in a failed allocation, or with the operating system ending the process."""
+    if device == "cuda":
+        memory = torch.cuda.mem_get_info()[1]
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for m, n, d, e in shapes:
+        doubles, outputs = torch.float64.itemsize, m * n * e  # the comparison with float64 holds the most at once
+        needed = (doubles + dtype.itemsize) * n * (m * d + d * e) + (3 * doubles + dtype.itemsize) * outputs
+        if needed > memory:
+            gib = 2**30
+            raise UserError(
+                f"--shapes: {Shape(m, n, d, e)} needs {needed / gib:.3g} GiB of memory, this machine has "
+                f"{memory / gib:.3g} GiB"
+            )
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise UserError(f"{flag}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"{flag}: {path} is a folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{flag}: {path} cannot be written")
+
+
+def _format(picture: Path) -> str:
+    return picture.suffix.removeprefix(".").lower() or "png"
+
+
+def _check_picture(path: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: `pip install matplotlib`")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if (name := _format(path)) not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(f"--plot: {path}: matplotlib draws no {name}; try .png, .svg or .pdf")
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -145,21 +185,23 @@ def bench(options: argparse.Namespace) -> None:
     shapes = [Shape.parse(text) for text in options.shapes]
     if options.device == "cuda" and not (torch.cuda.is_available() and mhmatmul_ext._C.build_config()["cuda"]):
         raise UserError("--device cuda: no CUDA device, or mhmatmul_ext was built without CUDA")
-    for flag, path in (("--json", options.json), ("--plot", options.plot)):
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"{flag}: there is no folder {path.parent}")
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: `pip install matplotlib`")
-
     dtype = DTYPES[options.dtype]
+    _check_memory(shapes, dtype, options.device)
+    for flag, path in (("--json", options.json), ("--plot", options.plot)):
+        if path is not None:
+            _check_writable(flag, path)
+    if options.plot is not None:
+        _check_picture(options.plot)
+    opponents = list(dict.fromkeys(options.opponents))
+
     bandwidth, rate = _limits(dtype, options.device, options.seconds)
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     record: dict[str, Any] = {
         "version": mhmatmul_ext.__version__, "torch": torch.__version__, "device": device, "dtype": options.dtype,
-        "opponents": options.opponents, "results": [],
+        "opponents": opponents, "results": [],
     }  # fmt: skip
     for shape in _progress(shapes):
-        seconds = measure(shape, dtype, options.device, options.opponents, options.seconds)
+        seconds = measure(shape, dtype, options.device, opponents, options.seconds)
         m, n, d, e = shape
         floor = max(dtype.itemsize * n * (m * d + d * e + m * e) / bandwidth, 2 * m * n * d * e / rate)
         of_floor = floor / seconds["mhmatmul_ext"]
@@ -167,14 +209,17 @@ def bench(options: argparse.Namespace) -> None:
 
     print(f"{device}, {options.dtype}; every result was compared with float64 before it was timed")
     print(f"{'rows x heads x in x out':<24}{'us':>10}{'of floor':>10}", end="")
-    print("".join(f"{'x ' + name:>10}" for name in options.opponents))
+    print("".join(f"{'x ' + name:>10}" for name in opponents))
     for row in record["results"]:
         ours = row["seconds"]["mhmatmul_ext"]
-        ratios = "".join(f"{row['seconds'][name] / ours:>10.2f}" for name in options.opponents)
+        ratios = "".join(f"{row['seconds'][name] / ours:>10.2f}" for name in opponents)
         print(f"{row['shape']:<24}{1e6 * ours:>10.1f}{row['of_floor']:>10.0%}{ratios}")
     print("of floor: the time of moving the bytes by a copy or of the FLOP by torch.mm, the longer one, over ours")
     print("x NAME: how many times as fast as it")
-    if options.json is not None:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-    if options.plot is not None:
-        _plot(record, options.plot)
+    try:
+        if options.json is not None:
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+        if options.plot is not None:
+            _plot(record, options.plot)
+    except OSError as error:
+        raise UserError(str(error)) from error

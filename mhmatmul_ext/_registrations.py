@@ -29,7 +29,7 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @_fake("_head_matmul_out")
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     _ops._check_head_matmul("head_matmul", input, weight, bias, None, out)
 
 

@@ -57,7 +57,7 @@ def matmul_with_multi_head(
     _check_tensors(op, optional=True, bias=bias, out=out)
     _check_ints(op, num_heads=num_heads)
     if out is not None:
-        _ops._multi_head_matmul_out.default(input, weight, num_heads, bias, out=out)
+        _ops._multi_head_matmul_out.default(input, weight, num_heads, bias, out)
         return out
     output: Tensor
     if bias is not None:
@@ -150,7 +150,8 @@ def matmul_with_importance(
     Each row of the output is the row that `matmul_with_multi_head` gives for that token. The output is
     differentiable by `input` and `weight` as usual. Given `grad_output`, the gradients come back beside the output
     and nothing else happens: no `.grad` is touched, no graph is kept, and it works under `torch.no_grad()` and
-    `torch.inference_mode()`.
+    `torch.inference_mode()`. What comes back then is a constant to reverse mode, `torch.func.grad` included; forward
+    mode sees through it.
 
     Args:
         input: `[b, s, h]`, any strides; float32, float16, bfloat16 or float64.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -101,6 +102,7 @@ class HeadwiseLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply each head of `[..., in_features]` by its matrix: `[..., out_features]`."""
+        _check_types("HeadwiseLinear", "a Tensor", (Tensor,), input=input)
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(
                 f"HeadwiseLinear: input must be [..., in_features] = [..., {self.in_features}], got {list(input.shape)}"
@@ -172,6 +174,10 @@ class Selection(NamedTuple):
             [(2, 4), (1, 4)]
 
         """
+        if rows.dim() == 0 or rows.shape[0] != self.indices.shape[0]:
+            raise ValueError(
+                f"Selection.nested: rows must be [t, ...], t = {len(self.indices)}, got {list(rows.shape)}"
+            )
         nested: Tensor = torch.nested.nested_tensor_from_jagged(
             rows, self.cu_seqlens, min_seqlen=0, max_seqlen=self.max_seqlen
         )
@@ -212,7 +218,8 @@ class MixtureOfDepths(nn.Module):
     Args:
         block: called with the kept tokens `[t, dim]`, sequence after sequence, positions ascending, and gives
             `[t, dim]`. If its `forward` has a parameter `selection`, it gets the `Selection` under that name, to attend
-            within sequences and to know positions. It must cope with `t = 0` where `top_p` may select nothing.
+            within sequences and to know positions; so does one inside `torch.compile` or another wrapper. It must cope
+            with `t = 0` where `top_p` may select nothing.
         dim: features of a token.
         capacity: share of a sequence's tokens to take, in (0, 1]: a `top_k` of `capacity * s`, rounded up.
         top_k: how many tokens of a sequence to take, all of a shorter one. Not together with `capacity`.
@@ -255,6 +262,10 @@ class MixtureOfDepths(nn.Module):
         super().__init__()
         if capacity is None and top_k is None and top_p is None:
             raise TypeError("MixtureOfDepths: one of capacity, top_k and top_p must be given")
+        _check_types("MixtureOfDepths", "a number or None", (int, float, NoneType), capacity=capacity, top_p=top_p)
+        _check_types("MixtureOfDepths", "an int or None", (int, NoneType), top_k=top_k)
+        _check_types("MixtureOfDepths", "an int", (int,), dim=dim)
+        _check_types("MixtureOfDepths", "a Module", (nn.Module,), block=block)
         if capacity is not None and top_k is not None:
             raise ValueError("MixtureOfDepths: capacity and top_k must not both be given")
         if capacity is not None and not 0 < capacity <= 1:
@@ -266,10 +277,11 @@ class MixtureOfDepths(nn.Module):
         self.dim, self.capacity, self.top_k, self.top_p = dim, capacity, top_k, top_p
         self.block = block
         self.router = nn.Linear(dim, 1, bias=False, device=device, dtype=dtype)
-        self._takes_selection = "selection" in inspect.signature(block.forward).parameters
+        self._takes_selection = _takes_selection(block)
 
     def route(self, input: Tensor, mask: Tensor | None = None) -> Routing:
         """Score the tokens of `[b, s, dim]` and select."""
+        _check_types("MixtureOfDepths", "a Tensor", (Tensor,), input=input)
         if input.dim() != 3 or input.shape[-1] != self.dim:
             raise ValueError(
                 f"MixtureOfDepths: input must be [b, s, dim] = [b, s, {self.dim}], got {list(input.shape)}"
@@ -311,10 +323,22 @@ class MixtureOfDepths(nn.Module):
         return max(1, math.ceil(self.capacity * s - 1e-9))  # 0.07 * 100 is 7.000000000000001
 
 
+def _takes_selection(block: nn.Module) -> bool:
+    """Whether the block's `forward`, or that of the one module it wraps, has a parameter of that name."""
+    parameters = inspect.signature(block.forward).parameters
+    inner = list(block.children())
+    passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return "selection" in parameters or (passes_on and len(inner) == 1 and _takes_selection(inner[0]))
+
+
+def _check_types(name: str, expected: str, types: tuple[type, ...], **values: object) -> None:
+    for argument, value in values.items():
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise TypeError(f"{name}: {argument} must be {expected}, got {type(value).__name__}")
+
+
 def _check_sizes(name: str, num_heads: object, **sizes: object) -> None:
-    for argument, size in {"num_heads": num_heads, **sizes}.items():
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{name}: {argument} must be an int, got {type(size).__name__}")
+    _check_types(name, "an int", (int,), num_heads=num_heads, **sizes)
     assert isinstance(num_heads, int)
     if num_heads < 1:
         raise ValueError(f"{name}: num_heads must be >= 1, got {num_heads}")

@@ -90,11 +90,8 @@ class Row:
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the operator; the last argument of an out form is `out`, which is the result."""
-        function = getattr(ops, self.op or self.name).default
-        if not self.writes_out:
-            return function(*arguments)
-        function(*arguments[:-1], out=arguments[-1])
-        return arguments[-1]
+        result = getattr(ops, self.op or self.name).default(*arguments)
+        return arguments[-1] if self.writes_out else result
 
     def make(self, make: Make, sizes: Sizes = SIZES) -> tuple[Any, ...]:
         return self.arguments(make, sizes)
@@ -115,6 +112,13 @@ NO_PRODUCT = (0, 0)
 
 def selection(name: str, arguments: Callable[[Make, Sizes], tuple[Any, ...]], is_ragged: bool) -> Row:
     return Row(name, arguments, (name,), NO_PRODUCT, is_differentiable=False, is_ragged=is_ragged, is_cast=False)
+
+
+def with_grad_output(t: Make, z: Sizes) -> tuple[Any, ...]:
+    """Operands of explicit gradients, as many rows of grad_output as tokens are kept."""
+    scores, threshold = t.scores(z), t.threshold()
+    kept = ops._select_important_tensor(scores, threshold, 2)[0].shape[0]
+    return t(z.b, z.s, z.h), t(z.h, z.e), scores, t(kept, z.nh, z.e), z.nh, threshold, 2, None
 
 
 ROWS = [
@@ -232,6 +236,14 @@ ROWS = [
         op="_importance_matmul_tensor",
     ),
     Row(
+        "_importance_matmul_grads",
+        with_grad_output,
+        (*SELECTED, "_gather_head_matmul_backward"),
+        (3, 0),
+        is_differentiable=False,
+        is_ragged=True,
+    ),
+    Row(
         "_importance_matmul_grads, capacity",
         lambda t, z: (
             t(z.b, z.s, z.h), t(z.h, z.e), t.scores(z), t(z.b, 2, z.nh, z.e), z.nh, t.threshold(), 2, 2,
@@ -254,7 +266,7 @@ def applies(column: str, row: Row) -> bool:
     if column in ("reverse", "forward", "func", "checkpoint", "compiled autograd"):
         return row.is_differentiable
     if column == "vmap":
-        return not row.is_ragged and not row.writes_out
+        return not row.writes_out and not (row.is_ragged and row.products == NO_PRODUCT)
     if column == "DTensor":
         return not row.is_ragged and not row.writes_out
     if column == "FLOP":

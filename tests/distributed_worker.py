@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import traceback
 
@@ -9,13 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from composability import ROWS, Make, Sizes
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.experimental import local_map
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._pytree import tree_leaves
 
 from mhmatmul_ext import distributed, matmul_with_importance, matmul_with_multi_head, select_important
+from mhmatmul_ext.nn import HeadwiseLinear, MixtureOfDepths
 
 # Dimensions of the tensor arguments: n heads (or h, heads after heads), d head dimension, e embed, b batch or rows.
 OPERANDS = {
@@ -124,6 +129,45 @@ def a_batch_by_local_map(mesh):
     torch.testing.assert_close(output.full_tensor(), keep(input, weight, probs))
 
 
+def equal_to_alone(alone, shared, input, mine):
+    """The shared module's output is the lone one's, and its gradients are those of the whole batch."""
+    torch.testing.assert_close(shared(mine), alone(mine))
+    shared(mine).square().mean().backward()
+    alone(input).square().mean().backward()
+    for ours, theirs in zip(shared.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(full(ours.grad), theirs.grad)
+
+
+def headwise_linear_in_parallel(mesh):
+    """Each device has some heads of the layer, in both layouts: its neighbours' one reduction is all that is sent."""
+    for layout in ("hde", "hed"):
+        torch.manual_seed(0)
+        alone = nn.Sequential(nn.Linear(8, 16), HeadwiseLinear(16, 24, 4, weight_layout=layout), nn.Linear(24, 8))
+        shared = copy.deepcopy(alone)
+        plan = {"0": ColwiseParallel(), "1": distributed.HeadParallel(), "2": RowwiseParallel()}
+        parallelize_module(shared, mesh, plan)
+        assert shared[1].weight.to_local().shape[0] == 4 // mesh.size()
+        input = torch.randn(2, 5, 8)
+        with CommDebugMode() as mode, torch.no_grad():
+            shared(input)
+        assert sent(mode) == 1
+        equal_to_alone(alone, shared, input, input)
+        compiled = torch.compile(shared, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(input), alone(input))
+
+
+def mixture_of_depths_under_fsdp(mesh):
+    """FSDP2 gives the modules plain tensors, so a batch may be routed on each device."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.LayerNorm(8), HeadwiseLinear(8, 8, 4))
+    alone = nn.Sequential(nn.Linear(8, 8), MixtureOfDepths(block, 8, capacity=0.5))
+    shared = copy.deepcopy(alone)
+    fully_shard(shared[1].block, mesh=mesh)
+    fully_shard(shared, mesh=mesh)
+    input = torch.randn(2 * mesh.size(), 6, 8)
+    equal_to_alone(alone, shared, input, input.chunk(mesh.size())[mesh.get_local_rank()])
+
+
 def refusals(mesh):
     """What cannot be on a DTensor says what to do instead."""
     probs = distribute_tensor(torch.rand(4, 3), mesh, [Shard(0)])
@@ -139,6 +183,11 @@ def refusals(mesh):
     for text, call in calls.items():
         with pytest.raises(NotImplementedError, match=text):
             call()
+
+
+CASES = (
+    flat_heads_compile, a_batch_by_local_map, headwise_linear_in_parallel, mixture_of_depths_under_fsdp, refusals,
+)  # fmt: skip
 
 
 def attempt(function, *arguments):
@@ -163,7 +212,7 @@ def main(rank, world, folder):
         for letter, sharded in LETTERS.items()
         for kind, sizes in kinds(int(world)).items()
     }
-    for case in (flat_heads_compile, a_batch_by_local_map, refusals):
+    for case in CASES:
         results[case.__name__] = attempt(case, mesh)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -1,9 +1,15 @@
-"""What the tests share: plain PyTorch as a baseline, and comparison by error against float64."""
+"""What the tests share: plain PyTorch as a baseline, comparison by error against float64, and peak memory."""
 
 from __future__ import annotations
 
+import itertools
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def einsum_heads(input: Tensor, weight: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor:
@@ -34,3 +40,16 @@ def assert_as_exact(ours: Tensor, plain: Tensor, exact: Tensor, ulps: float = 4)
     assert error.max() <= limit, (
         f"error {error.max():.3g} exceeds {limit:.3g} at {worst}: got {ours[worst]}, exact {exact[worst]}"
     )
+
+
+def peak_memory(device: str, function: Callable[[], object]) -> int:
+    """The most that was allocated at once during a call, beyond what was there before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate((e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())), initial=0))

@@ -83,6 +83,23 @@ def test_out_is_refused_where_gradients_are_recorded(device):
             matmul_with_multi_head(dual, weight.detach(), out=out)
 
 
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_explicit_gradients_carry_tangents_and_no_graph(capacity, device):
+    """Each result is linear in two operands, so its tangent is the sum of two calls."""
+    make, probs = operands(device, requires_grad=False), torch.tensor([[0.9, 0.1, 0.8], [0.2, 0.7, 0.1]], device=device)
+    values, tangents = ((make(2, 3, 4), make(4, 5), make(*size, 2, 5)) for size in 2 * [(2, 2) if capacity else (3,)])
+
+    def explicit(input, weight, grad_output):
+        return matmul_with_importance(input, weight, probs, grad_output, 2, 0.5, capacity=capacity)
+
+    (x, w, g), (dx, dw, dg) = values, tangents
+    _, found = torch.func.jvp(explicit, (x, w, g), (dx, dw, dg))
+    for i, first, second in [(0, (dx, w, g), (x, dw, g)), (1, (x, w, dg), (x, dw, g)), (2, (dx, w, g), (x, w, dg))]:
+        torch.testing.assert_close(found[i], explicit(*first)[i] + explicit(*second)[i])
+    recorded = explicit(*(value.requires_grad_() for value in values))
+    assert not any(result.requires_grad for result in recorded)
+
+
 def test_operands_changed_before_backward_are_noticed(device):
     make = operands(device, torch.float32)
     input, weight = make(3, 4), make(4, 5)
@@ -163,6 +180,34 @@ def test_compile_explicit_gradients_and_out(device):
     expected = matmul_with_importance(input, weight, probs, grad_output, num_heads=2, top_p=0.0)
     for got, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+STRIDES = {
+    "contiguous": lambda b: torch.full((b, 5, 2, 3), 7.0),
+    "columns": lambda b: torch.full((b, 5, 2, 6), 7.0)[..., 2:5],
+    "transposed": lambda b: torch.full((5, b, 2, 3), 7.0).transpose(0, 1),
+    "heads first": lambda b: torch.full((2, b, 5, 3), 7.0).permute(1, 2, 0, 3),
+}
+
+
+@pytest.mark.parametrize("name", STRIDES)
+def test_compile_out_of_any_strides(name, device):
+    """Written where it lies, what is between untouched, one graph for any batch."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(
+        lambda input, weight, out: matmul_with_multi_head(input, weight, 2, out=out) + 1,
+        fullgraph=True, dynamic=True, backend=counter,
+    )  # fmt: skip
+    weight = torch.randn(8, 3, device=device)
+    for b in (7, 11, 13):  # equal to no other size: those of the first call count as one
+        input, out = torch.randn(b, 5, 8, device=device), STRIDES[name](b).to(device)
+        whole = out._base if out._base is not None else out
+        expected = matmul_with_multi_head(input, weight, 2)
+        torch.testing.assert_close(compiled(input, weight, out), expected + 1)
+        torch.testing.assert_close(out, expected)
+        assert (whole == 7).sum() == whole.numel() - out.numel()
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("region", [torch.bfloat16, torch.float16])

@@ -191,13 +191,13 @@ def test_strides(size, dtype, capability):
         other = strided[name](grad_output)
         assert_same(ops._head_matmul_backward(other, input, weight), gradients, f"grad_output {name}")
     out = torch.empty(size[0], size[1], size[3] + 3, dtype=dtype)[..., : size[3]]
-    ops._head_matmul_out(input, weight, bias, out=out)
+    ops._head_matmul_out(input, weight, bias, out)
     assert torch.equal(out, expected)
 
 
 def test_no_column_beyond_the_last_is_written(dtype, capability):
     for e in range(1, 70):
         wide = torch.full((5, 2, e + 40), 7.0, dtype=dtype)
-        ops._head_matmul_out(torch.randn(5, 2, 9).to(dtype), torch.randn(2, 9, e).to(dtype), None, out=wide[..., :e])
+        ops._head_matmul_out(torch.randn(5, 2, 9).to(dtype), torch.randn(2, 9, e).to(dtype), None, wide[..., :e])
         assert (wide[..., e:] == 7).all()
         assert wide[..., :e].isfinite().all()

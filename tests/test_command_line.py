@@ -70,8 +70,9 @@ def test_bench(dtype, tmp_path, capsys):
         assert min(row["seconds"].values()) > 0
         assert row["of_floor"] == pytest.approx(row["floor"] / row["seconds"]["mhmatmul_ext"])
     pytest.importorskip("matplotlib")
-    assert main([*QUICK, "--plot", str(picture)]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    for path in (picture, tmp_path / "without_a_suffix"):
+        assert main([*QUICK, "--plot", str(path)]) == 0
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_times_nothing_that_is_wrong(monkeypatch, capsys):
@@ -85,12 +86,35 @@ def test_bench_times_nothing_that_is_wrong(monkeypatch, capsys):
     [
         (["--shapes", "8x2x4"], f"{SHAPES_TEXT}, got 8x2x4"),
         (["--shapes", "8x2x4x0"], f"{SHAPES_TEXT}, got 8x2x4x0"),
+        (["--shapes", f"{10**30}x1x1x1"], "--shapes: 1000000000000000000000000000000x1x1x1 needs "),
+        (["--shapes", "8x2x4x3", "1000000x1000x1000x1000"], "--shapes: 1000000x1000x1000x1000 needs 3.73e+04 GiB"),
         (["--json", "/nowhere/at/all.json"], "--json: there is no folder /nowhere/at"),
+        (["--json", "."], "--json: . is a folder"),
+        ([*QUICK[1:], "--json", "/dev/full"], "[Errno 28] No space left on device"),
+        (["--plot", "picture.xyz"], "--plot: picture.xyz: matplotlib draws no xyz; try .png, .svg or .pdf"),
     ],
 )
 def test_bench_refuses(options, text, capsys):
     assert main(["bench", *options]) == 2
-    assert capsys.readouterr().err == f"python -m mhmatmul_ext bench: error: {text}\n"
+    assert capsys.readouterr().err.startswith(f"python -m mhmatmul_ext bench: error: {text}")
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_bench_times_for_a_positive_time(seconds, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--seconds", seconds])
+    assert caught.value.code == 2
+    assert f"argument --seconds: must be a positive number, got {seconds}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["info", "check", "bench"])
+def test_interrupted(command, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mhmatmul_ext.__main__.info", interrupt)
+    monkeypatch.setattr(_bench, "measure", interrupt)
+    assert main([command] if command != "bench" else QUICK) == 130
 
 
 def test_bench_without_its_extras(monkeypatch, capsys, tmp_path):
@@ -107,4 +131,6 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
     assert caught.value.code == 0
-    assert "usage: python -m mhmatmul_ext" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "usage: python -m mhmatmul_ext" in text
+    assert "Exit codes: 0 all right, 1 a result is wrong, 2 wrong usage." in text

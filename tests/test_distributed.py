@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from composability import ROWS, applies
-from distributed_worker import LETTERS, OPERANDS, kinds
+from distributed_worker import CASES, LETTERS, OPERANDS, kinds
 
 ROOT = Path(__file__).parents[1]
 CELLS = [row for row in ROWS if applies("DTensor", row)]
@@ -75,7 +75,7 @@ def test_sharded_operators(row, world, results, record_property):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("case", ["flat_heads_compile", "a_batch_by_local_map", "refusals"])
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_cases(case, world, results):
     for found in results(world):
         assert found[case] is None, found[case]

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrize
 
 from mhmatmul_ext import combine, reference, select_important
@@ -164,6 +165,14 @@ def test_selection_as_nested_tensor(device):
         torch.testing.assert_close(got, (weights @ by_head).transpose(0, 1))
 
 
+def test_nested_tensor_of_other_rows_is_refused():
+    selection = Selection.of(torch.tensor([[0.9, 0.1, 0.8]]), 0.5)
+    for shape in [(1, 4), (3, 4), ()]:
+        text = rf"^Selection\.nested: rows must be \[t, \.\.\.\], t = 2, got \[{', '.join(map(str, shape))}\]$"
+        with pytest.raises(ValueError, match=text):
+            selection.nested(torch.randn(shape))
+
+
 def written_out(layer, input, top_k, mask=None):
     """Mixture-of-Depths, sequence by sequence."""
     scores = torch.sigmoid(input @ layer.router.weight[0])
@@ -215,6 +224,17 @@ def test_a_block_that_takes_the_selection_and_causal_inference():
         assert not torch.equal(layer(input)[:, :7], layer(changed)[:, :7])
         layer.eval()
         torch.testing.assert_close(layer(input)[:, :7], layer(changed)[:, :7])
+
+
+@pytest.mark.parametrize("wrap", [lambda block: torch.compile(block, backend="eager"), checkpoint_wrapper])
+def test_a_wrapped_block_gets_the_selection(wrap):
+    layer = MixtureOfDepths(Attention(), 8, top_k=4)
+    input = torch.randn(2, 12, 8, requires_grad=True)
+    wrapped = MixtureOfDepths(wrap(Attention()), 8, top_k=4)
+    wrapped.router = layer.router
+    torch.testing.assert_close(wrapped(input), layer(input))
+    plain = nn.Sequential(nn.Linear(8, 8))
+    assert MixtureOfDepths(wrap(plain), 8, top_k=4)(input).shape == input.shape
 
 
 def test_auxiliary_loss_teaches_the_threshold():
@@ -283,15 +303,24 @@ def test_compiled_whole():
         ({"capacity": 0.0}, ValueError, "capacity must be in (0, 1], got 0.0"),
         ({"top_k": 0}, ValueError, "top_k must be >= 1, got 0"),
         ({"top_p": 1.5}, ValueError, "top_p must be in [0, 1], got 1.5"),
+        ({"top_p": float("nan")}, ValueError, "top_p must be in [0, 1], got nan"),
+        ({"top_p": "0.5"}, TypeError, "top_p must be a number or None, got str"),
+        ({"capacity": True}, TypeError, "capacity must be a number or None, got bool"),
+        ({"top_k": 2.5}, TypeError, "top_k must be an int or None, got float"),
+        ({"top_k": 1, "dim": "8"}, TypeError, "dim must be an int, got str"),
+        ({"top_k": 1, "block": None}, TypeError, "block must be a Module, got NoneType"),
     ],
 )
 def test_mixture_of_depths_refuses(numbers, error, text):
     with pytest.raises(error) as caught:
-        MixtureOfDepths(nn.Identity(), 8, **numbers)
+        MixtureOfDepths(**{"block": nn.Identity(), "dim": 8, **numbers})
     assert str(caught.value) == f"MixtureOfDepths: {text}"
 
 
-def test_mixture_of_depths_refuses_shapes():
+def test_modules_refuse_inputs():
+    for module in (HeadwiseLinear(8, 12, 4), MixtureOfDepths(nn.Identity(), 8, top_k=1)):
+        with pytest.raises(TypeError, match=r": input must be a Tensor, got list$"):
+            module([1.0] * 8)
     with pytest.raises(ValueError, match=r"^MixtureOfDepths: input must be \[b, s, dim\] = \[b, s, 8\], got \[2, 8\]"):
         MixtureOfDepths(nn.Identity(), 8, top_k=1)(torch.randn(2, 8))
     with pytest.raises(ValueError, match=r"^combine: updates must be \[t, d\] = \[2, 8\], got \[2, 4\]"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import peak_memory
 
 FILE = Path(__file__).parents[1] / "examples" / "recipes.py"
 RECIPES = runpy.run_path(str(FILE))["RECIPES"]
@@ -33,6 +34,16 @@ def test_equal_to_the_formula(name, device):
         torch.autograd.grad(ours, tensors, grads), torch.autograd.grad(plain, tensors, grads), strict=True
     ):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_packed_parameter_is_not_copied(dtype, device):
+    """Both slices are read where they lie, the transposed one too: the results alone are allocated."""
+    recipe = RECIPES["DeepSeek MLA, both absorbed projections"]
+    given = [torch.randn(size, device=device).to(dtype) for size in recipe.sizes]
+    results = sum(output.nbytes for output in recipe.ours(*given))
+    used = peak_memory(device, lambda: [recipe.ours(*given)])
+    assert results <= used < results + given[2].nbytes // 8
 
 
 def test_monarch_is_the_matrix_it_stands_for():

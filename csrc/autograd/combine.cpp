@@ -13,7 +13,6 @@
 #include "formulas.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -25,6 +24,8 @@ using formulas::requires_grad;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
+
+std::vector<SymInt> sizes_of(AutogradContext* ctx) { return ctx->saved_data["sizes"].toSymIntVector(); }
 
 OptionalTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
@@ -56,7 +57,9 @@ struct CombineUpdatesGrad : Function<CombineUpdatesGrad> {
 
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& indices,
                         const OptionalTensor& gates) {
-    ctx->save_for_backward({grad_output, indices, gates.value_or(Tensor())});
+    ctx->save_for_backward({kept_if(requires_grad(gates), grad_output), indices,
+                            kept_if(requires_grad(grad_output), gates.value_or(Tensor()))});
+    ctx->saved_data["sizes"] = grad_output.sym_sizes();
     at::AutoDispatchBelowADInplaceOrView below;
     return combine_updates_grad(grad_output, indices, gates);
   }
@@ -67,8 +70,8 @@ struct CombineUpdatesGrad : Function<CombineUpdatesGrad> {
     const Tensor &grad_output = saved[0], &indices = saved[1], &gates = saved[2];
     Tensor grad_grad_output, grad_gates;
     if (ctx->needs_input_grad(0))
-      grad_grad_output = combine(at::zeros_like(grad_output), w, indices, if_defined(gates));
-    if (gates.defined() && ctx->needs_input_grad(2)) grad_gates = combine_gates_grad(grad_output, w, indices);
+      grad_grad_output = combine(w.new_zeros_symint(sizes_of(ctx)), w, indices, if_defined(gates));
+    if (grad_output.defined()) grad_gates = combine_gates_grad(grad_output, w, indices);
     return {grad_grad_output, Tensor(), grad_gates};
   }
 };
@@ -77,7 +80,9 @@ struct CombineGatesGrad : Function<CombineGatesGrad> {
   static constexpr bool is_traceable = true;  // by compiled autograd
 
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& updates, const Tensor& indices) {
-    ctx->save_for_backward({grad_output, updates, indices});
+    ctx->save_for_backward(
+        {kept_if(updates.requires_grad(), grad_output), kept_if(grad_output.requires_grad(), updates), indices});
+    ctx->saved_data["sizes"] = grad_output.sym_sizes();
     at::AutoDispatchBelowADInplaceOrView below;
     return combine_gates_grad(grad_output, updates, indices);
   }
@@ -87,7 +92,7 @@ struct CombineGatesGrad : Function<CombineGatesGrad> {
     const auto saved = ctx->get_saved_variables();
     const Tensor &grad_output = saved[0], &updates = saved[1], &indices = saved[2];
     Tensor grad_grad_output, grad_updates;
-    if (ctx->needs_input_grad(0)) grad_grad_output = combine(at::zeros_like(grad_output), updates, indices, v);
+    if (ctx->needs_input_grad(0)) grad_grad_output = combine(v.new_zeros_symint(sizes_of(ctx)), updates, indices, v);
     if (ctx->needs_input_grad(1)) grad_updates = combine_updates_grad(grad_output, indices, v);
     return {grad_grad_output, grad_updates, Tensor()};
   }
