@@ -68,7 +68,7 @@ def test_strides_beyond_32_bits(sparse, dtype, capability):
             got, expected = [got], [expected]
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), name
     out = far(torch.zeros_like(grad_output))
-    ops._head_matmul_out(input, weight, bias, out=out)
+    ops._head_matmul_out(input, weight, bias, out)
     assert torch.equal(out, ops.head_matmul(input, weight, bias))
 
 

@@ -1,4 +1,5 @@
 #include "../checks.h"
+#include "../flatten.h"
 #include "dtype.h"
 #include "rows.h"
 
@@ -16,7 +17,9 @@ OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
-const void* data_or_null(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+const void* data_or_null(const OptionalTensor& tensor) {
+  return tensor ? allocated(*tensor).const_data_ptr() : nullptr;
+}
 
 Tensor combine_cuda(const Tensor& base, const Tensor& updates, const Tensor& indices, const OptionalTensor& gates) {
   const auto sizes = check_combine("combine", "base", base, updates, indices, gates);
@@ -25,7 +28,7 @@ Tensor combine_cuda(const Tensor& base, const Tensor& updates, const Tensor& ind
   const OptionalTensor factors = contiguous(gates);
   const auto [sorted, order] = at::sort(indices, /*stable=*/true, /*dim=*/0, /*descending=*/false);
   Tensor output = at::empty(base.sizes(), base.options());
-  cuda::combine_rows(rows.const_data_ptr(), added.const_data_ptr(), data_or_null(factors),
+  cuda::combine_rows(allocated(rows).const_data_ptr(), allocated(added).const_data_ptr(), data_or_null(factors),
                      sorted.const_data_ptr<int64_t>(), order.const_data_ptr<int64_t>(), sizes.t.expect_int(),
                      sizes.m.expect_int(), sizes.d.expect_int(), cuda::dtype_of(base), output.mutable_data_ptr(),
                      at::cuda::getCurrentCUDAStream());
@@ -40,7 +43,7 @@ Tensor combine_updates_grad_cuda(const Tensor& grad_output, const Tensor& indice
   const OptionalTensor factors = contiguous(gates);
   const int64_t t = sizes.t.expect_int(), d = sizes.d.expect_int();
   Tensor grad_updates = at::empty({t, d}, grad_output.options());
-  cuda::scale_rows(rows.const_data_ptr(), places.const_data_ptr<int64_t>(), data_or_null(factors), t,
+  cuda::scale_rows(allocated(rows).const_data_ptr(), places.const_data_ptr<int64_t>(), data_or_null(factors), t,
                    sizes.m.expect_int(), d, cuda::dtype_of(rows), grad_updates.mutable_data_ptr(),
                    at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -53,8 +56,8 @@ Tensor combine_gates_grad_cuda(const Tensor& grad_output, const Tensor& updates,
   const Tensor rows = grad_output.contiguous(), added = updates.contiguous(), places = indices.contiguous();
   const int64_t t = sizes.t.expect_int();
   Tensor grad_gates = at::empty({t}, grad_output.options());
-  cuda::dot_rows(rows.const_data_ptr(), places.const_data_ptr<int64_t>(), added.const_data_ptr(), t,
-                 sizes.m.expect_int(), sizes.d.expect_int(), cuda::dtype_of(rows), grad_gates.mutable_data_ptr(),
+  cuda::dot_rows(allocated(rows).const_data_ptr(), places.const_data_ptr<int64_t>(), allocated(added).const_data_ptr(),
+                 t, sizes.m.expect_int(), sizes.d.expect_int(), cuda::dtype_of(rows), grad_gates.mutable_data_ptr(),
                  at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return grad_gates;

@@ -1,5 +1,6 @@
 #include "head_gemm.h"
 
+#include "../flatten.h"
 #include "backward_sm90.h"
 #include "gemm.h"
 #include "gemm_lt.h"
@@ -27,7 +28,7 @@ Operand operand(Tensor& tensor, int64_t batch, int64_t row, int64_t column) {
   };
   const auto read = [&](int64_t outer, int64_t inner, bool transposed) {
     const int64_t ld = std::max<int64_t>({1, tensor.stride(outer), tensor.size(inner)});
-    return Operand{tensor.const_data_ptr(), ld, tensor.stride(batch), transposed};
+    return Operand{allocated(tensor).const_data_ptr(), ld, tensor.stride(batch), transposed};
   };
   if (!readable(row, column) && !readable(column, row)) tensor = tensor.contiguous();
   return readable(row, column) ? read(row, column, false) : read(column, row, true);
@@ -52,15 +53,15 @@ std::optional<HeadGemm> for_sm90(const Tensor& rows, const Tensor& weight, const
   gemm.n = weight.size(2);
   gemm.k = weight.size(1);
   gemm.batch = weight.size(0);
-  gemm.a = rows.const_data_ptr();
+  gemm.a = allocated(rows).const_data_ptr();
   gemm.a_stride = rows.stride(0);
   gemm.a_batch_stride = rows.stride(1);
   gemm.a_rows = rows.size(0);
   gemm.indices = indices.defined() ? indices.const_data_ptr<int64_t>() : nullptr;
-  gemm.b = {weight.const_data_ptr(), weight.stride(is_transposed ? 2 : 1), weight.stride(0), is_transposed};
-  gemm.bias = bias ? bias->const_data_ptr() : nullptr;
+  gemm.b = {allocated(weight).const_data_ptr(), weight.stride(is_transposed ? 2 : 1), weight.stride(0), is_transposed};
+  gemm.bias = bias ? allocated(*bias).const_data_ptr() : nullptr;
   gemm.bias_batch_stride = bias ? bias->stride(0) : 0;
-  gemm.c = output.mutable_data_ptr();
+  gemm.c = allocated(output).mutable_data_ptr();
   gemm.c_stride = output.stride(0);
   gemm.c_batch_stride = output.stride(1);
   gemm.is_bfloat16 = rows.scalar_type() == at::kBFloat16;
@@ -89,7 +90,7 @@ constexpr int64_t kFewRows = 64;
 void multiply(BatchedGemm& gemm, const OptionalTensor& bias, const Tensor& output) {
   if (!bias && gemm.m <= kFewRows) return run(at::cuda::getCurrentCUDABlasHandle(), gemm);
   const OptionalTensor row = bias && bias->stride(1) != 1 ? OptionalTensor(bias->contiguous()) : bias;
-  if (run_lt(at::cuda::getCurrentCUDABlasLtHandle(), gemm, row ? row->const_data_ptr() : nullptr,
+  if (run_lt(at::cuda::getCurrentCUDABlasLtHandle(), gemm, row ? allocated(*row).const_data_ptr() : nullptr,
              row ? row->stride(0) : 0, lt_options(gemm.operand_type == CUDA_R_32F)))
     return;
   if (bias) output.copy_(bias->expand_as(output));
@@ -107,8 +108,8 @@ Tensor as_rows(const Tensor& tensor) {
 
 void gather(const Tensor& rows, const Tensor& indices, const Tensor& to) {
   const Tensor from = as_rows(rows);
-  gather_rows(from.const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0), rows.size(0),
-              from.size(1), from.element_size(), to.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
+  gather_rows(allocated(from).const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0),
+              rows.size(0), from.size(1), from.element_size(), to.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -121,8 +122,8 @@ Tensor gather(const Tensor& rows, const Tensor& indices) {
 Tensor masked(const Tensor& rows, const Tensor& indices, int64_t m) {
   const Tensor from = as_rows(rows);
   Tensor to = at::empty(rows.sizes(), rows.options());
-  mask_rows(from.const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0), m, from.size(1),
-            from.element_size(), to.mutable_data_ptr(), from.size(1), at::cuda::getCurrentCUDAStream());
+  mask_rows(allocated(from).const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0), m,
+            from.size(1), from.element_size(), to.mutable_data_ptr(), from.size(1), at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return to;
 }
@@ -162,7 +163,7 @@ void forward(const Tensor& rows, const Tensor& weight, const OptionalTensor& bia
   gemm.batch = weight.size(0);
   gemm.a = operand(a, /*batch=*/1, /*row=*/0, /*column=*/2);
   gemm.b = operand(b, /*batch=*/0, /*row=*/1, /*column=*/2);
-  gemm.c = output.mutable_data_ptr();
+  gemm.c = allocated(output).mutable_data_ptr();
   gemm.ldc = std::max(output.stride(0), gemm.n);
   gemm.c_batch_stride = output.stride(1);
   gemm.operand_type = at::cuda::ScalarTypeToCudaDataType(rows.scalar_type());
@@ -199,13 +200,13 @@ bool backward_in_one_pass(const Tensor& grad_output, const Tensor& rows, const T
   backward.hd = weight.size(1);
   backward.e = weight.size(2);
   backward.heads = weight.size(0);
-  backward.grad_output = grad_output.const_data_ptr();
+  backward.grad_output = allocated(grad_output).const_data_ptr();
   backward.grad_output_stride = grad_output.stride(0);
   backward.grad_output_head_stride = grad_output.stride(1);
-  backward.input = rows.const_data_ptr();
+  backward.input = allocated(rows).const_data_ptr();
   backward.input_stride = rows.stride(0);
   backward.input_head_stride = rows.stride(1);
-  backward.weight = weight.const_data_ptr();
+  backward.weight = allocated(weight).const_data_ptr();
   backward.weight_stride = weight.stride(1);
   backward.weight_head_stride = weight.stride(0);
   backward.indices = indices.defined() ? indices.const_data_ptr<int64_t>() : nullptr;

@@ -2,6 +2,7 @@
 #include "selection.h"
 
 #include "../checks.h"
+#include "../flatten.h"
 #include "../score_format.h"
 
 #include <ATen/cuda/CUDAContext.h>
@@ -24,7 +25,7 @@ cuda::Scores<Format> scores_of(const Tensor& probs) {
       probs.size(0) <= std::numeric_limits<int32_t>::max() && probs.size(1) <= std::numeric_limits<uint32_t>::max(),
       "select_important: on CUDA probs may have up to 2^31 - 1 rows of up to 2^32 - 1 scores, got ",
       std::to_string(probs.size(0)), " of ", std::to_string(probs.size(1)));
-  return {static_cast<const typename Format::Bits*>(probs.const_data_ptr()), probs.size(0), probs.size(1),
+  return {static_cast<const typename Format::Bits*>(allocated(probs).const_data_ptr()), probs.size(0), probs.size(1),
           probs.stride(0), probs.stride(1)};
 }
 
