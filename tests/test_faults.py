@@ -59,23 +59,26 @@ import resource, torch, mhmatmul_ext
 from mhmatmul_ext import combine, matmul_with_importance, matmul_with_multi_head, select_important
 ops = torch.ops.mhmatmul
 torch.set_num_threads(2)
-b, s, h, e = 4, 4096, 128, 64
+# Every result is larger than what the heap may have free: it has to be asked of the system.
+b, s, h, e = 4, 512, 512, 512
 input, weight, probs = torch.randn(b, s, h), torch.randn(h, e), torch.rand(b, s)
-heads, rows = weight.view(4, 32, e), input.view(b * s, 4, 32)
+heads, rows = weight.view(4, 128, e), input.view(b * s, 4, 128)
 kept, _, _ = matmul_with_importance(input, weight, probs, None, 4, 0.25)
 indices, _ = select_important(probs, 0.25)
 repeated = torch.arange(len(indices)) // 2
-updates, gates = torch.randn(len(indices), h), torch.rand(len(indices))
+scores = torch.rand(4, 2**17)
+narrow, many = torch.randn(4, 2**17, 2), select_important(scores, 0.25)[0]
+updates, gates = torch.randn(len(many), 2), torch.rand(len(many))
 calls = {
     "multi_head": lambda: matmul_with_multi_head(input, weight, 4),
     "importance": lambda: matmul_with_importance(input, weight, probs, None, 4, 0.25)[0],
     "gradients": lambda: matmul_with_importance(input, weight, probs, kept, 4, 0.25)[1],
     "repeated": lambda: ops._gather_head_matmul_dgrad(kept, heads, repeated, b * s),
     "wgrad": lambda: ops._gather_head_matmul_wgrad(kept, rows, indices),
-    "select": lambda: select_important(probs, 0.25)[0],
-    "static": lambda: select_important(probs, 0.25, capacity=s)[0],
-    "combine": lambda: combine(input, updates, indices, gates),
-    "gates": lambda: ops._combine_gates_grad(input, updates, indices),
+    "select": lambda: select_important(scores, 0.25)[0],
+    "static": lambda: select_important(scores, 0.25, capacity=2**17)[0],
+    "combine": lambda: combine(narrow, updates, many, gates),
+    "gates": lambda: ops._combine_gates_grad(narrow, updates, many),
 }
 expected = {name: call() for name, call in calls.items()}
 
@@ -107,7 +110,7 @@ print(refused)
 def test_out_of_memory_in_the_middle():
     """At many limits, so that each of an operator's allocations is the one that fails: an error, and no trace of it."""
     refused = eval(run_script(OUT_OF_MEMORY, MALLOC_MMAP_THRESHOLD_="4096", MALLOC_TRIM_THRESHOLD_="0"))
-    assert all(count > 0 for name, count in refused.items()), refused
+    assert min(refused.values()) > 0, refused
 
 
 def test_interrupts_between_operators():
