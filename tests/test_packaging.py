@@ -37,22 +37,26 @@ def run(*command, cwd):
 
 
 def requirements(name):
-    """The distributions that one needs, itself included."""
-    found, todo = {}, [name]
+    """The distributions that one needs, itself included, with those of the extras that are asked for."""
+    found, seen, todo = {}, set(), [(name, "")]
     while todo:
-        distribution = importlib.metadata.distribution(todo.pop())
-        if distribution.name not in found:
-            found[distribution.name] = distribution
-            needed = [Requirement(text) for text in distribution.requires or []]
-            todo += [need.name for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
-    return found
+        name, extra = todo.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        distribution = importlib.metadata.distribution(name)
+        found[distribution.name] = distribution
+        for need in map(Requirement, distribution.requires or []):
+            if need.marker is None or need.marker.evaluate({"extra": extra}):
+                todo += [(need.name, wanted) for wanted in ("", *need.extras)]
+    return list(found.values())
 
 
 def environment_with_torch(folder):
     """A fresh environment's Python; its site-packages hold links to torch and its requirements."""
     venv.create(folder, with_pip=True)
     [site] = folder.glob("lib/python*/site-packages")
-    for distribution in requirements("torch").values():
+    for distribution in requirements("torch"):
         tops = {file.parts[0] for file in distribution.files if file.parts[0] not in ("..", "__pycache__")}
         for top in tops:
             if not (site / top).exists():
