@@ -55,7 +55,7 @@ sanitize-gpu: export MHMATMUL_DEMAND_GPU = 1
 sanitize-gpu: $(VENV)/built  ## the operators' GPU tests under compute-sanitizer: memory, races, initialisation, barriers
 	$(VENV)/bin/python tests/sanitize_gpu.py
 
-trust: $(VENV)/built  ## all that trust rests on, in short forms, as one table, in a quarter of an hour; TRUST=options
+trust: $(VENV)/built  ## all that trust rests on, in short forms, as one table, in a quarter of an hour at most; TRUST=options
 	$(VENV)/bin/python trust/run.py $(TRUST)
 
 sanitize: $(VENV)/built  ## CPU kernels between guard pages and under three sanitizers; SANITIZE=--valgrind for another

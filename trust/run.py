@@ -72,7 +72,7 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     """Run them; 1 if anything was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--long", action="store_true", help="the long forms, which take hours")
+    parser.add_argument("--long", action="store_true", help="the long forms")
     parser.add_argument("--only", nargs="+", help="some of: " + ", ".join(name for name, _ in checks(True)))
     options = parser.parse_args()
     rows, began = [], time.monotonic()
