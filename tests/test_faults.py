@@ -113,6 +113,15 @@ def test_out_of_memory_in_the_middle():
     assert min(refused.values()) > 0, refused
 
 
+@pytest.fixture
+def ctrl_c():
+    """A process that was started in the background ignores SIGINT; this one does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_interrupts_between_operators():
     """Ctrl-C comes out of a loop of calls as KeyboardInterrupt, and the next call is right."""
     problem = operands()

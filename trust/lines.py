@@ -35,7 +35,7 @@ def run(*command: str, **environment: str) -> int:
 
 def library() -> Path:
     """The folder of the package built with counters."""
-    flags = "--coverage -fprofile-update=atomic"  # no thread loses another's counts
+    flags = "--coverage"  # threads may lose each other's counts, but no count goes back to zero
     environment = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": "--coverage", "FORCE_CUDA": "0", "MAX_JOBS": "2"}
     if run(sys.executable, "setup.py", "-q", "build", "--build-base", str(BUILD), **environment):
         raise SystemExit("the build with counters failed")
@@ -47,8 +47,10 @@ def run_tests(folder: Path, arguments: list[str]) -> int:
     """The test suite's status, counts of before forgotten."""
     for old in [*BUILD.rglob("*.gcda"), *BUILD.glob("data*")]:
         old.unlink()
-    command = (sys.executable, "-m", "coverage", "run", f"--rcfile={ROOT / 'pyproject.toml'}", "-m", "pytest", "-q")
-    environment = {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", "COVERAGE_FILE": str(BUILD / "data")}
+    # -P: else the sources, which lack what is compiled, come before the build.
+    measured = ("coverage", "run", f"--rcfile={ROOT / 'pyproject.toml'}")
+    command = (sys.executable, "-P", "-m", *measured, "-m", "pytest", "-q")
+    environment = {"PYTHONPATH": str(folder), "COVERAGE_FILE": str(BUILD / "data")}
     # The packaging tests build and install copies of their own, which nobody counts.
     tests = arguments or ["tests", "--ignore=tests/test_packaging.py"]
     return run(*command, *tests, **environment)
