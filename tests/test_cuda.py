@@ -14,7 +14,8 @@ ops = torch.ops.mhmatmul
 pytestmark = pytest.mark.gpu
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
-# rows, nh, hd, e: large enough for the kernel's dense form (kTilesPerSm), one of each tile and of what does not divide
+# rows, nh, hd, e: large enough for the persistent kernel's dense form, one of each tile and of what does not divide;
+# blocks that stay with their head and runs of rows; heads packed by two and by four; one tile of C for both warpgroups
 DENSE = [
     (12608, 12, 64, 64),
     (8192, 16, 128, 128),
@@ -23,6 +24,23 @@ DENSE = [
     (1024, 64, 128, 512),
     (4096, 16, 256, 256),
     (9001, 9, 8, 72),
+    (3000, 70, 128, 128),
+    (16001, 32, 32, 32),
+    (20000, 24, 16, 16),
+    (2048, 32, 512, 128),
+    (2100, 24, 384, 136),
+    (8192, 4, 512, 512),
+]
+# so small that every tile has a block of its own: of 64 columns, of 128
+ONE_WAVE = [
+    (1, 128, 128, 512),
+    (64, 128, 128, 512),
+    (60, 128, 512, 128),
+    (17, 3, 64, 72),
+    (200, 5, 264, 136),
+    (1000, 8, 128, 128),
+    (65, 2, 40, 24),
+    (300, 4, 512, 512),
 ]
 # rows to gather from, rows gathered, nh, hd, e: every number of blocks of k, tiles in part, one row, one head
 GATHERED = [
@@ -33,6 +51,8 @@ GATHERED = [
     (90, 200, 1, 8, 8),
     (200, 333, 4, 24, 40),
     (2000, 2000, 32, 128, 128),
+    (3000, 2000, 32, 32, 32),
+    (300, 700, 8, 16, 16),
 ]
 
 
@@ -44,7 +64,7 @@ def some_indices(rows: int, t: int) -> torch.Tensor:
     return indices
 
 
-@pytest.mark.parametrize("size", DENSE, ids=str)
+@pytest.mark.parametrize("size", DENSE + ONE_WAVE, ids=str)
 @pytest.mark.parametrize("layout", ["plain", "transposed", "strided"])
 @halves
 def test_dense(size, layout, dtype):
@@ -105,8 +125,23 @@ def test_which_kernel_is_taken(dtype):
     assert any("head_gemm" in name for name in gathered)
     assert not any("copy_rows" in name for name in gathered), "the rows were copied"
     assert any("head_gemm" in name for name in kernels_of(lambda: ops.head_matmul(input, weight)))
+    assert any("one_wave" in name for name in kernels_of(lambda: ops.head_matmul(input[:100], weight)))
     odd = weight[..., 1:]  # not aligned as the copy engine wants it
     assert not any("head_gemm" in name for name in kernels_of(lambda: ops.head_matmul(input, odd)))
+
+
+@pytest.mark.parametrize("width", [16, 32, 64])
+@halves
+def test_heads_do_not_meet(width, dtype):
+    """Heads packed into one tile: what is not finite in one stays there."""
+    input = torch.randn(12800, 32, width, device="cuda", dtype=dtype)
+    weight = torch.randn(32, width, width, device="cuda", dtype=dtype)
+    expected = ops.head_matmul(input, weight)
+    input[:, 5], weight[10] = torch.inf, torch.nan
+    output = ops.head_matmul(input, weight)
+    others = [head for head in range(32) if head not in (5, 10)]
+    assert torch.equal(output[:, others], expected[:, others])
+    assert not output[:, [5, 10]].isfinite().any()
 
 
 @halves
@@ -118,7 +153,7 @@ def test_a_weight_that_is_not_finite_leaves_padding_zero(dtype):
     assert not output[[0, 3]].isfinite().any()
 
 
-@pytest.mark.parametrize("size", [s for s in DENSE if s[2] >= 64], ids=str)
+@pytest.mark.parametrize("size", [s for s in DENSE + ONE_WAVE if s[2] in (16, 32) or s[2] >= 64], ids=str)
 @halves
 def test_bits_of_a_row(size, dtype):
     """A row alone, in a few, in many, gathered: the same bits, though different kernels may have made them."""
@@ -128,7 +163,7 @@ def test_bits_of_a_row(size, dtype):
     whole = ops.head_matmul(input, weight)
     order = torch.randperm(m, device="cuda")
     assert torch.equal(ops.gather_head_matmul(input, weight, order), whole[order])
-    for rows in (1, 16, 64, 200):
+    for rows in (1, 16, 64, 200, 1000):
         assert torch.equal(ops.head_matmul(input[:rows], weight), whole[:rows]), f"{rows} rows"
     assert torch.equal(ops.head_matmul(input, weight), whole), "repeated"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from pathlib import Path
 
 import pytest
@@ -58,7 +58,9 @@ def test_walk(library, heads, m_blocks, n_blocks, multiprocessors, left_out):
         for _, same in groupby(tiles, key=lambda tile: tile[:2]):
             group = list(same)
             rows = [tile[2] for tile in group]
-            assert rows == list(range(rows[0], rows[0] + len(group))), "a group goes down its rows"
+            step = rows[1] - rows[0] if len(rows) > 1 else 1
+            assert step >= 1
+            assert rows == list(range(rows[0], rows[0] + step * len(rows), step)), "a group goes down its rows"
             assert [tile[3] for tile in group] == [1] + [0] * (len(group) - 1), "one first"
             assert [tile[4] for tile in group] == list(range(len(group)))[::-1], "left in the group"
     assert sorted(seen) == sorted(product(range(n_blocks), range(heads), range(given))), "every tile once"
@@ -84,9 +86,29 @@ def test_segments(library, heads, hd_groups, row_tiles, teams, tiles_per_partial
     for _, of_head in groupby(segments, key=lambda segment: segment[:2]):
         own = list(of_head)
         assert [segment[2] for segment in own] == list(range(splits))
-        tiles = [tile for segment in own for tile in range(segment[3], segment[4] + 1)]
-        assert all(segment[3] <= segment[4] for segment in own), "no segment is empty"
-        assert tiles == list(range(row_tiles)), "every tile once, in order"
+        tiles = [list(range(segment[3], row_tiles, segment[4])) for segment in own]
+        assert all(tiles), "no segment is empty"
+        assert sorted(chain.from_iterable(tiles)) == list(range(row_tiles)), "every tile once"
+
+
+def test_blocks_go_down_the_rows_side_by_side(library):
+    """As the sizes of published models come out: neighbouring heads at the same rows, each block with its own."""
+    for heads, m_blocks, n_blocks, busy in ((32, 128, 1, 128), (16, 128, 1, 128), (10, 128, 1, 130), (12, 99, 1, 132)):
+        cut = (heads, m_blocks, n_blocks, 132)
+        assert library.blocks_of(*cut) == busy
+        walks = [tiles_of(library, cut, m_blocks, block) for block in range(busy)]
+        for block, tiles in enumerate(walks):
+            assert {tile[:2] for tile in tiles} == {(0, block % heads)}, "the piece of B that it stays with"
+            assert [tile[2] for tile in tiles] == list(range(block // heads, m_blocks, busy // heads))
+
+
+def test_all_multiprocessors_work(library):
+    """Where heads do not divide them, and where there are more pieces than multiprocessors."""
+    for heads, m_blocks, n_blocks in ((100, 128, 1), (70, 64, 1), (128, 64, 2), (50, 40, 1)):
+        cut = (heads, m_blocks, n_blocks, 132)
+        shares = [len(tiles_of(library, cut, m_blocks, block)) for block in range(library.blocks_of(*cut))]
+        even = heads * m_blocks * n_blocks / 132
+        assert max(shares) <= 1.1 * even, (heads, max(shares), even)
 
 
 def test_splits_fill_the_device(library):

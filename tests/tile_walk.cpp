@@ -11,7 +11,7 @@ extern "C" int64_t blocks_of(int heads, int m_blocks, int n_blocks, int multipro
   cut.m_blocks = m_blocks;
   cut.n_blocks = n_blocks;
   share_out(cut, multiprocessors);
-  return int64_t{cut.lanes} * cut.teams;
+  return cut.blocks;
 }
 
 // Of a walk over the first `given` blocks of rows, writes at most `capacity` tiles as (n_block, head, m_block, is first
@@ -51,7 +51,7 @@ extern "C" int splits_of(int heads, int hd_groups, int row_tiles, int teams, dou
   return backward_cut(heads, hd_groups, row_tiles, teams, tiles_per_partial).splits;
 }
 
-// Writes each segment as (head, group of inputs, split, first tile, last tile); how many.
+// Writes each segment as (head, group of inputs, split, first tile, step); how many.
 extern "C" int segments_of(int heads, int hd_groups, int row_tiles, int teams, double tiles_per_partial,
                            int64_t* segments) {
   const BackwardCut cut = backward_cut(heads, hd_groups, row_tiles, teams, tiles_per_partial);
@@ -62,7 +62,7 @@ extern "C" int segments_of(int heads, int hd_groups, int row_tiles, int teams, d
     segment[1] = own.hd_group;
     segment[2] = own.split;
     segment[3] = own.begin;
-    segment[4] = own.end - 1;
+    segment[4] = own.step;
   }
   return cut.segments();
 }

@@ -12,8 +12,9 @@
 // cp.async, and rows of grad_input are written one by one. An index that names no row has no row of grad_input, and
 // whatever its row of grad_output holds counts for nothing.
 //
-// A segment is a run of one head's rows. Segments are dealt to clusters in turn. Where a head has several, each writes
-// its sum of grad_weight in float32 for itself, and add_splits_kernel adds them in order: the same bits every time.
+// A segment is every splits-th tile of one head's rows. Segments are dealt to clusters in turn. Where a head has
+// several, each writes its sum of grad_weight in float32 for itself, and add_splits_kernel adds them in order: the same
+// bits every time.
 #pragma once
 
 #include "backward_walk.h"
@@ -37,7 +38,7 @@ struct BackwardTile {
   static constexpr int kChunks = kSplitsE ? 2 : 1, kChunk = e / kChunks;  // columns that come and go together
   static constexpr int kInputBytes = hd / 64 * kPanelBytes, kChunkBytes = kChunk / 64 * kPanelBytes;
   static constexpr int kGradBytes = kChunks * kChunkBytes, kWeightBytes = e / 64 * hd * kRowBytes;
-  static constexpr int kM = kRows, kN = hd;  // of grad_input's tile, for round_into
+  static constexpr int kM = kRows, kN = hd, kHeadN = hd;  // of grad_input's tile, for round_into
   static constexpr int kCBytes = kInputBytes;
 };
 
@@ -195,7 +196,7 @@ __device__ void bring_rows(const BackwardParams& params, BackwardBarriers& barri
       pieces.read(params, own.begin, indices);
       share.read(params, first_row_of(own.begin));
     }
-    for (int tile = own.begin; tile < own.end; ++tile) {
+    for (int tile = own.begin; tile < params.cut.row_tiles; tile += own.step) {
       unsigned char* const input = input_stages + at.slot * Tile::kInputBytes;
       uint64_t* const input_full = &barriers.input_full[at.slot];
       uint64_t unnamed = 0;
@@ -204,9 +205,9 @@ __device__ void bring_rows(const BackwardParams& params, BackwardBarriers& barri
         gather_input<Tile>(params, pieces, indices, input, first_input, own.head);
         cutlass::arch::cpasync_barrier_arrive_noinc(input_full);
         unnamed = share.unnamed(params);
-        if (tile + 1 < own.end) {  // on their way while this tile is brought
-          pieces.read(params, tile + 1, indices);
-          share.read(params, first_row_of(tile + 1));
+        if (const int next = tile + own.step; next < params.cut.row_tiles) {  // on their way while this tile is brought
+          pieces.read(params, next, indices);
+          share.read(params, first_row_of(next));
         }
       } else {
         ClusterTransactionBarrier::arrive_and_expect_tx(input_full, Tile::kInputBytes);
@@ -270,7 +271,7 @@ __device__ void make_grad_input(const BackwardParams& params, BackwardBarriers& 
     const Segment own(params.cut, segment);
     const int first_input = first_input_of(own);
     ClusterBarrier::wait(&barriers.weight_full, weight_parity);
-    for (int tile = own.begin; tile < own.end; ++tile) {
+    for (int tile = own.begin; tile < params.cut.row_tiles; tile += own.step) {
       [[maybe_unused]] int64_t indices[OwnPieces::kCount];
       if constexpr (Tile::kGathers) pieces.read(params, tile, indices);  // on their way while the tile is multiplied
       multiply.accumulate_ = GMMA::ScaleOut::Zero;
@@ -296,7 +297,8 @@ __device__ void make_grad_input(const BackwardParams& params, BackwardBarriers& 
 
       if (!Tile::kGathers && thread == 0) tma_store_wait<0>();  // the tile before has been read out of tile_out
       cutlass::arch::NamedBarrier::sync(kGroup, 0);
-      if (tile + 1 == own.end) bring_weight(segment + params.cut.teams);  // all four warps have multiplied
+      if (tile + own.step >= params.cut.row_tiles)
+        bring_weight(segment + params.cut.teams);  // all four warps have multiplied
       round_into<Tile>(tile_out, sums);
       if constexpr (Tile::kGathers) {
         cutlass::arch::NamedBarrier::sync(kGroup, 0);
@@ -367,7 +369,7 @@ __device__ void sum_grad_weight(const BackwardParams& params, BackwardBarriers& 
   for (int segment = team; segment < params.cut.segments(); segment += params.cut.teams) {
     const Segment own(params.cut, segment);
     multiply.accumulate_ = GMMA::ScaleOut::Zero;
-    for (int tile = own.begin; tile < own.end; ++tile) {
+    for (int tile = own.begin; tile < params.cut.row_tiles; tile += own.step) {
       ClusterBarrier::wait(&barriers.input_full[at.slot], at.parity);
       ClusterBarrier::wait(&barriers.grad_full[at.slot][beside], at.parity);
       if constexpr (Tile::kGathers) cutlass::arch::fence_view_async_shared();  // cp.async wrote for wgmma to read

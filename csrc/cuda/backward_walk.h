@@ -11,23 +11,23 @@ namespace mhmatmul::cuda::sm90 {
 
 struct BackwardCut {
   int heads, hd_groups;   // clusters that a head needs for all of its inputs
-  int row_tiles, splits;  // tiles of rows, and the runs that they are cut into
+  int row_tiles, splits;  // tiles of rows, and the parts that they are dealt to in turn
   int teams;              // clusters
   MHMATMUL_HOST_DEVICE int segments() const { return heads * hd_groups * splits; }
 };
 
-// Rows of one head, tiles [begin, end).
+// Rows of one head: tiles begin, begin + step, ... of all.
 struct Segment {
-  int head, hd_group, split, begin, end;
+  int head, hd_group, split, begin, step;
 
-  // Segments side by side are of neighbouring heads and the same rows: what is read at one time lies together.
-  MHMATMUL_HOST_DEVICE Segment(const BackwardCut& cut, int segment) {
-    hd_group = segment % cut.hd_groups;
-    head = segment / cut.hd_groups % cut.heads;
-    split = segment / cut.hd_groups / cut.heads;
-    begin = static_cast<int>(int64_t{cut.row_tiles} * split / cut.splits);
-    end = static_cast<int>(int64_t{cut.row_tiles} * (split + 1) / cut.splits);
-  }
+  // Segments side by side are of neighbouring heads and the same rows, and splits of one head go down its rows side by
+  // side: what is read at one time lies together.
+  MHMATMUL_HOST_DEVICE Segment(const BackwardCut& cut, int segment)
+      : head(segment / cut.hd_groups % cut.heads),
+        hd_group(segment % cut.hd_groups),
+        split(segment / cut.hd_groups / cut.heads),
+        begin(split),
+        step(cut.splits) {}
 };
 
 // As many splits as cost least in rounds of tiles: one that nobody shares costs nothing more, others are written and

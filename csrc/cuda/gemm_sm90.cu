@@ -2,9 +2,11 @@
 
 #include "gemm_sm90.cuh"
 #include "gemm_sm90_tuning.h"
+#include "one_wave_sm90.cuh"
 #include "sm90_host.h"
 
 #include <algorithm>
+#include <optional>
 
 namespace mhmatmul::cuda {
 namespace {
@@ -21,25 +23,34 @@ Cut cut(const HeadGemm& gemm, int multiprocessors) {
   cut.heads = static_cast<int>(gemm.batch);
   share_out(cut, multiprocessors);
 
-  constexpr int kBytes = kSharedBytes - kFixedBytes<Tile>;
-  constexpr int kLeastOfA = 2, kWantedOfA = 4;  // stages
-  cut.b_stays = cut.k_blocks <= kMaxStages && cut.k_blocks * Tile::kBBytes + kLeastOfA * Tile::kABytes <= kBytes;
-  if (cut.b_stays) {
-    // Twice B, so that the next group's comes while this one's is used, as far as A keeps what it wants.
-    const int room = (kBytes - kWantedOfA * Tile::kABytes) / Tile::kBBytes;
-    cut.b_stages =
-        std::min(kMaxStages, std::max(cut.k_blocks, cut.m_blocks == 1 ? room : std::min(2 * cut.k_blocks, room)));
-    cut.a_stages = std::min(kMaxStages, (kBytes - cut.b_stages * Tile::kBBytes) / Tile::kABytes);
-  } else {
-    cut.a_stages = cut.b_stages = std::min(kMaxStages, kBytes / (Tile::kABytes + Tile::kBBytes));
+  // B stays where A keeps two stages; the warpgroups share a tile of C where A would else have less than it wants.
+  constexpr int kBytes = kSharedBytes - kFixedBytes;
+  const auto room_for_a = [&] { return kBytes - cut.c_tiles * Tile::kCBytes - cut.b_stages * Tile::kBBytes; };
+  cut.b_stages = cut.k_blocks;
+  cut.c_tiles = 2;
+  if (room_for_a() < tuning::kWantedBytesOfA) cut.c_tiles = 1;
+  cut.b_stays = cut.k_blocks <= kMaxStages && room_for_a() >= 2 * Tile::kABytes;
+  if (!cut.b_stays) {
+    cut.c_tiles = 2;
+    cut.a_stages = cut.b_stages =
+        std::min(kMaxStages, (kBytes - cut.c_tiles * Tile::kCBytes) / (Tile::kABytes + Tile::kBBytes));
+    return cut;
   }
+  if (cut.step == 1 && cut.pieces() > cut.blocks) {
+    // The next piece of B comes while this one is used, as far as A keeps what it wants; with it, of few rows, more.
+    const int spare = std::max(0, room_for_a() - tuning::kWantedBytesOfA) / Tile::kBBytes;
+    const int wanted = cut.m_blocks == 1 ? kMaxStages : 2 * cut.k_blocks;
+    cut.b_stages = std::min({kMaxStages, wanted, cut.k_blocks + spare});
+  }
+  cut.a_stages = std::min(kMaxStages, room_for_a() / Tile::kABytes);
   return cut;
 }
 
+// `rows` of A come at a time.
 template <class Tile>
-void launch(const HeadGemm& gemm, cudaStream_t stream) {
+Params params_of(const HeadGemm& gemm, const Cut& cut, int rows) {
   Params params{};
-  params.cut = cut<Tile>(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  params.cut = cut;
   params.rows = gemm.a;
   params.indices = gemm.indices;
   params.a_stride = gemm.a_stride;
@@ -53,20 +64,113 @@ void launch(const HeadGemm& gemm, cudaStream_t stream) {
   params.k = static_cast<int>(gemm.k);
   params.c_leaves_cache = gemm.m * gemm.n * gemm.batch * kElementSize > tuning::kBytesCacheKeeps;
   if (!Tile::kGathers)
-    params.a = tensor_map(gemm.a, {gemm.k, gemm.batch, gemm.m, gemm.a_batch_stride, gemm.a_stride, kDepth, 1, Tile::kM},
+    params.a = tensor_map(gemm.a, {gemm.k, gemm.batch, gemm.m, gemm.a_batch_stride, gemm.a_stride, kDepth, 1, rows},
                           gemm.is_bfloat16);
   params.b = tensor_map(gemm.b.data,
                         Tile::kTransposed
                             ? Layout{gemm.k, gemm.n, gemm.batch, gemm.b.ld, gemm.b.batch_stride, kDepth, Tile::kN, 1}
-                            : Layout{gemm.n, gemm.k, gemm.batch, gemm.b.ld, gemm.b.batch_stride, kDepth, kDepth, 1},
+                            : Layout{gemm.n / Tile::kHeads, gemm.k, gemm.batch, gemm.b.ld, gemm.b.batch_stride,
+                                     std::min(kDepth, Tile::kHeadN), kDepth, 1},
                         gemm.is_bfloat16);
   params.c = tensor_map(gemm.c, {gemm.n, gemm.batch, gemm.m, gemm.c_batch_stride, gemm.c_stride, kDepth, 1, Tile::kM},
                         gemm.is_bfloat16);
-  const int bytes = kFixedBytes<Tile> + params.cut.a_stages * Tile::kABytes + params.cut.b_stages * Tile::kBBytes;
+  return params;
+}
+
+template <class Tile>
+void launch(const HeadGemm& gemm, cudaStream_t stream) {
+  const Cut own = cut<Tile>(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  const int bytes =
+      kFixedBytes + own.a_stages * Tile::kABytes + own.b_stages * Tile::kBBytes + own.c_tiles * Tile::kCBytes;
   check(cudaFuncSetAttribute(head_gemm_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "cudaFuncSetAttribute");
-  sm90::launch(head_gemm_kernel<Tile>, dim3(params.cut.lanes * params.cut.teams), kThreads, bytes, /*cluster=*/1,
-               stream, params);
+  sm90::launch(head_gemm_kernel<Tile>, dim3(own.blocks), kThreads, bytes, /*cluster=*/1, stream,
+               params_of<Tile>(gemm, own, Tile::kM));
+}
+
+// A product of as many blocks as work at once, all of them.
+struct OneWave {
+  Cut cut;
+  int rows, blocks, bytes;
+};
+
+template <class Tile>
+std::optional<OneWave> one_wave(const HeadGemm& gemm, int multiprocessors) {
+  if (gemm.indices || gemm.k > kMostDepths * kDepth) return std::nullopt;
+  const auto share = [](int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; };
+  const int64_t m_blocks = share(gemm.m, kOneWaveRows), n_blocks = share(gemm.n, Tile::kN);
+  const int64_t most = int64_t{kMostBlocks<Tile>} * multiprocessors;
+  if (m_blocks > most || n_blocks > most || gemm.batch > most || m_blocks * n_blocks * gemm.batch > most)
+    return std::nullopt;
+  OneWave wave{};
+  wave.cut.m_blocks = static_cast<int>(m_blocks);
+  wave.cut.n_blocks = static_cast<int>(n_blocks);
+  wave.cut.k_blocks = static_cast<int>(share(gemm.k, kDepth));
+  wave.cut.heads = static_cast<int>(gemm.batch);
+  wave.rows = static_cast<int>(std::min<int64_t>(kOneWaveRows, share(gemm.m, 8) * 8));
+  wave.blocks = static_cast<int>(m_blocks * n_blocks * gemm.batch);
+  // Shared memory that nobody needs keeps more of them from one multiprocessor than an even share.
+  const int each = static_cast<int>(share(wave.blocks, multiprocessors));
+  const int least = kSharedOfMultiprocessor / (each + 1) - kSharedReserved + kSharedAlignment / 4;
+  wave.bytes = std::max(bytes_of_one_wave<Tile>(wave.cut.k_blocks, wave.rows), least);
+  if (each * (wave.bytes + kSharedReserved) > kSharedOfMultiprocessor) return std::nullopt;
+  return wave;
+}
+
+template <class Element, bool transposed>
+using Narrow = Tile<Element, kOneWaveRows, 64, false, transposed>;
+template <class Element, bool transposed>
+using Wide = Tile<Element, kOneWaveRows, 128, false, transposed>;
+
+bool is_one_wave(const HeadGemm& gemm, int multiprocessors) {
+  using Element = cute::half_t;  // of the same size
+  return one_wave<Narrow<Element, false>>(gemm, multiprocessors) ||
+         one_wave<Wide<Element, false>>(gemm, multiprocessors);
+}
+
+template <class Tile>
+bool launch_one_wave(const HeadGemm& gemm, cudaStream_t stream) {
+  const auto wave = one_wave<Tile>(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  if (!wave) return false;
+  check(cudaFuncSetAttribute(one_wave_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "cudaFuncSetAttribute");
+  sm90::launch(one_wave_kernel<Tile>, dim3(wave->blocks), kGroup, wave->bytes, /*cluster=*/1, stream,
+               params_of<Tile>(gemm, wave->cut, wave->rows), wave->rows);
+  return true;
+}
+
+template <class Element, bool transposed>
+bool launch_one_wave(const HeadGemm& gemm, cudaStream_t stream) {
+  return launch_one_wave<Narrow<Element, transposed>>(gemm, stream) ||
+         launch_one_wave<Wide<Element, transposed>>(gemm, stream);
+}
+
+// How many heads a tile of 64 columns of A and of C holds: 1, or as many as lie side by side in all operands.
+int heads_of_tile(const HeadGemm& gemm) {
+  const bool is_packed = gemm.k == gemm.n && (gemm.k == 32 || gemm.k == 16) && !gemm.b.transposed &&
+                         gemm.a_batch_stride == gemm.k && gemm.c_batch_stride == gemm.n &&
+                         gemm.b.batch_stride == gemm.k * gemm.b.ld && (!gemm.bias || gemm.bias_batch_stride == gemm.n);
+  const int heads = is_packed ? static_cast<int>(kDepth / gemm.k) : 1;
+  return gemm.batch % heads == 0 ? heads : 1;
+}
+
+// The product as the kernel sees it: packed heads are one of 64 columns.
+HeadGemm packed(const HeadGemm& gemm) {
+  const int heads = heads_of_tile(gemm);
+  HeadGemm together = gemm;
+  together.batch /= heads;
+  together.k *= heads;
+  together.n *= heads;
+  for (int64_t* stride :
+       {&together.a_batch_stride, &together.c_batch_stride, &together.b.batch_stride, &together.bias_batch_stride})
+    *stride *= heads;
+  return together;
+}
+
+template <class Element, int heads>
+void launch_packed(const HeadGemm& gemm, cudaStream_t stream) {
+  if (gemm.indices) return launch<Tile<Element, 128, kDepth, true, false, heads>>(gemm, stream);
+  return launch<Tile<Element, 128, kDepth, false, false, heads>>(gemm, stream);
 }
 
 template <class Element, int m, int n>
@@ -80,8 +184,15 @@ void launch_tile(const HeadGemm& gemm, cudaStream_t stream) {
 }
 
 template <class Element>
-void launch_element(const HeadGemm& gemm, cudaStream_t stream) {
-  const auto tile = tuning::tile_size(gemm);
+void launch_element(const HeadGemm& whole, cudaStream_t stream) {
+  if (whole.b.transposed ? launch_one_wave<Element, true>(whole, stream)
+                         : launch_one_wave<Element, false>(whole, stream))
+    return;
+  const int heads = heads_of_tile(whole);
+  const HeadGemm gemm = packed(whole);
+  if (heads == 2) return launch_packed<Element, 2>(gemm, stream);
+  if (heads == 4) return launch_packed<Element, 4>(gemm, stream);
+  const auto tile = tuning::tile_size(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
   if (tile.n == 64) return launch_tile<Element, 128, 64>(gemm, stream);
   if (tile.n == 256) return launch_tile<Element, 64, 256>(gemm, stream);
   if (tile.m == 64) return launch_tile<Element, 64, 128>(gemm, stream);
@@ -100,7 +211,8 @@ bool takes_sm90(const HeadGemm& gemm) {
   if (!is_walkable(gemm.c, gemm.m, gemm.c_stride, gemm.batch, gemm.c_batch_stride)) return false;
   const int64_t b_outer = gemm.b.transposed ? gemm.n : gemm.k;
   if (!is_walkable(gemm.b.data, b_outer, gemm.b.ld, gemm.batch, gemm.b.batch_stride)) return false;
-  return tuning::prefers_sm90(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  const int multiprocessors = attribute_of_device(cudaDevAttrMultiProcessorCount);
+  return is_one_wave(gemm, multiprocessors) || tuning::prefers_sm90(packed(gemm), multiprocessors);
 }
 
 void run_sm90(const HeadGemm& gemm, cudaStream_t stream) {

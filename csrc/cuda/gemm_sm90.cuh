@@ -2,16 +2,19 @@
 //
 // A block stays on its SM and works through tiles [kM, kN] of C. Tiles that share a piece of B (one head, one block of
 // columns) follow one another, and B's piece stays in shared memory for all of them where it fits: from then on a tile
-// reads kM rows of A and writes kM rows of C, and nothing else. Blocks side by side work on the same rows and different
-// columns, so that A comes from device memory once.
+// reads kM rows of A and writes kM rows of C, and nothing else. Blocks side by side work on the same rows, in different
+// columns, so that A comes from device memory once, and what is written at one time lies together.
 //
 // Three warpgroups. The first brings A and B: by the bulk copy engine, or, when rows are gathered, A by cp.async, one
 // thread per 16 bytes. The other two take tiles in turn (ping-pong): while one multiplies, the other rounds its sums
-// and hands them to the copy engine.
+// and hands them to the copy engine, through a tile of its own or, where A needs the room, one that both take in turn.
 //
 // Two rings of stages of kDepth along k, A's and B's, each with a barrier `full` (bytes have come) and one `empty`
 // (their readers have gone). A stage of A is read by one warpgroup. A stage of B that stays is read by both and freed
 // by both, after the last tile of its group; a B that does not stay is brought again for each tile, like A.
+//
+// Heads of 32 or 16 are packed: the tile is 64 columns of A and of C, which belong to two or four heads side by side,
+// and each head's columns are multiplied by its own rows of B, nothing by zeros.
 //
 // Every row is summed over k in steps of 16 from the lowest, into one float32 sum, whatever the tile: the same bits.
 #pragma once
@@ -25,12 +28,14 @@ constexpr int kThreads = 3 * kGroup;
 constexpr int kDepth = kRowBytes / 2;  // elements along k in a stage
 constexpr int kMaxStages = 16;         // of one ring
 
-template <class Element_, int m, int n, bool gathers, bool b_is_transposed>
+template <class Element_, int m, int n, bool gathers, bool b_is_transposed, int heads = 1>
 struct Tile {
   using Element = Element_;
   static constexpr int kM = m, kN = n;
+  static constexpr int kHeads = heads, kHeadN = n / heads, kHeadK = kDepth / heads;  // packed side by side
   static constexpr bool kGathers = gathers, kTransposed = b_is_transposed;
-  static constexpr int kABytes = m * kRowBytes, kBBytes = n * kRowBytes, kCBytes = m * n * 2;
+  static_assert(heads == 1 || (n == kDepth && !b_is_transposed));
+  static constexpr int kABytes = m * kRowBytes, kBBytes = kHeadN * kRowBytes, kCBytes = m * n * 2;
   static constexpr int kPanels = (n + kDepth - 1) / kDepth;  // of C and of B: 64 columns each
 };
 
@@ -47,12 +52,11 @@ struct Params {
   Cut cut;
 };
 
-// Shared memory, in this order; stages of A, stages of B, one tile of C for each of two warpgroups, barriers.
+// Shared memory, in this order; stages of A, stages of B, a tile of C for both warpgroups or for each, barriers.
 struct Barriers {
   uint64_t a_full[kMaxStages], a_empty[kMaxStages], b_full[kMaxStages], b_empty[kMaxStages];
 };
-template <class Tile>
-constexpr int kFixedBytes = 2 * Tile::kCBytes + static_cast<int>(sizeof(Barriers)) + kSharedAlignment;
+constexpr int kFixedBytes = static_cast<int>(sizeof(Barriers)) + kSharedAlignment;
 
 // How many tiles, one below the other, have m rows.
 template <class Tile>
@@ -69,6 +73,16 @@ __device__ inline void store(const Params& params, const void* from, int x, int 
       "r"(cute::cast_smem_ptr_to_uint(from)), "r"(x), "r"(y), "r"(z),
       "l"(static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST))
       : "memory");
+}
+
+// A tile of C, rounded into panels. Called by one thread.
+template <class Tile>
+__device__ void store_tile(const Params& params, const unsigned char* tile, int head, int n_block, int m_block) {
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    const int column = n_block * Tile::kN + panel * kDepth;
+    if (column < params.n) store(params, tile + panel * Tile::kM * kRowBytes, column, head, m_block * Tile::kM);
+  }
+  cute::tma_store_arrive();
 }
 
 // The part of gathered rows that one thread of the first warpgroup copies: one 16-byte piece of every 16th row.
@@ -114,6 +128,19 @@ struct GatheredRows {
   }
 };
 
+// A stage of B.
+template <class Tile>
+__device__ void bring_b(const Params& params, uint64_t* full, unsigned char* stage, int head, int n_block,
+                        int k_block) {
+  if constexpr (Tile::kTransposed) {
+    bring(params.b, full, stage, k_block * kDepth, n_block * Tile::kN, head);
+  } else {
+    for (int panel = 0; panel < Tile::kPanels; ++panel)
+      bring(params.b, full, stage + panel * kDepth * kRowBytes, n_block * Tile::kN + panel * kDepth, k_block * kDepth,
+            head);
+  }
+}
+
 template <class Tile>
 __device__ void produce(const Params& params, int m, Barriers& barriers, unsigned char* a_stages,
                         unsigned char* b_stages) {
@@ -136,14 +163,7 @@ __device__ void produce(const Params& params, int m, Barriers& barriers, unsigne
         ClusterBarrier::wait(&barriers.b_empty[b.slot], b.parity ^ 1);
         uint64_t* const full = &barriers.b_full[b.slot];
         ClusterTransactionBarrier::arrive_and_expect_tx(full, Tile::kBBytes);
-        unsigned char* const stage = b_stages + b.slot * Tile::kBBytes;
-        if constexpr (Tile::kTransposed) {
-          bring(params.b, full, stage, k_block * kDepth, n_block * Tile::kN, head);
-        } else {
-          for (int panel = 0; panel < Tile::kPanels; ++panel)
-            bring(params.b, full, stage + panel * kDepth * kRowBytes, n_block * Tile::kN + panel * kDepth,
-                  k_block * kDepth, head);
-        }
+        bring_b<Tile>(params, full, b_stages + b.slot * Tile::kBBytes, head, n_block, k_block);
         b.advance(1, cut.b_stages);
       }
       ClusterBarrier::wait(&barriers.a_empty[a.slot], a.parity ^ 1);
@@ -173,11 +193,12 @@ struct SummedRows {
   }
 
   __device__ void read(const Params& params, int m, int m_block) {
-    if constexpr (!Tile::kGathers) return;
+    if constexpr (Tile::kGathers) {
 #pragma unroll
-    for (int i = 0; i < 2 * kBlocks; ++i) {
-      index[i] = -1;
-      if (m_block * Tile::kM + row(i) < m) index[i] = params.indices[m_block * Tile::kM + row(i)];
+      for (int i = 0; i < 2 * kBlocks; ++i) {
+        index[i] = -1;
+        if (m_block * Tile::kM + row(i) < m) index[i] = params.indices[m_block * Tile::kM + row(i)];
+      }
     }
   }
 
@@ -195,7 +216,7 @@ struct SummedRows {
       for (int j = 0; j < Tile::kN / 8; ++j) {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-          float& sum = sums(i / 2 * (Tile::kN / 2) + j * 4 + i % 2 * 2 + side);
+          float& sum = sums(place_of_sums<Tile>(i / 2, j) + i % 2 * 2 + side);
           const int column = n_block * Tile::kN + j * 8 + lane % 4 * 2 + side;
           if (params.bias && column < params.n) sum += static_cast<float>(bias[column]);
           if (!names_row) sum = 0;
@@ -205,34 +226,45 @@ struct SummedRows {
   }
 };
 
+// The warpgroup's product, and how `produce` lays the stages: rows of A and columns of a transposed B 128 bytes apart;
+// else B in panels.
+template <class Tile>
+struct Product {
+  using Element = typename Tile::Element;
+  static constexpr auto kB = Tile::kTransposed ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
+  using Multiply = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float,
+                                 cute::Shape<cute::_64, cute::Int<Tile::kHeadN>, cute::Int<kDepth>>,
+                                 cute::GMMA::Major::K, kB>()));
+  using LayoutA =
+      decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Element>{},
+                                   cute::Shape<cute::Int<Tile::kM>, cute::Int<kDepth>, cute::Int<kMaxStages>>{}));
+  using AtomB = cute::conditional_t<Tile::kHeadN == 16, cute::GMMA::Layout_MN_SW32_Atom<Element>,
+                                    cute::conditional_t<Tile::kHeadN == 32, cute::GMMA::Layout_MN_SW64_Atom<Element>,
+                                                        cute::GMMA::Layout_MN_SW128_Atom<Element>>>;
+  using ShapeB = cute::Shape<cute::Int<Tile::kHeadN>, cute::Int<kDepth>, cute::Int<kMaxStages>>;
+  using LayoutB =
+      cute::conditional_t<Tile::kTransposed,
+                          decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Element>{}, ShapeB{})),
+                          decltype(cute::tile_to_shape(AtomB{}, ShapeB{}, cute::Step<cute::_2, cute::_1, cute::_3>{}))>;
+};
+
 template <class Tile>
 __device__ void consume(const Params& params, int m, Barriers& barriers, unsigned char* a_stages,
                         unsigned char* b_stages, unsigned char* c_tiles) {
   using namespace cute;
   using Element = typename Tile::Element;
-  constexpr auto kB = Tile::kTransposed ? GMMA::Major::K : GMMA::Major::MN;
-  using Multiply = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<Tile::kN>, Int<kDepth>>, GMMA::Major::K, kB>()));
-  // As `produce` lays the stages: rows of A and columns of a transposed B 128 bytes apart; else B in panels.
-  using LayoutA = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
-                                         Shape<Int<Tile::kM>, Int<kDepth>, Int<kMaxStages>>{}));
-  using LayoutB =
-      conditional_t<Tile::kTransposed,
-                    decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
-                                           Shape<Int<Tile::kN>, Int<kDepth>, Int<kMaxStages>>{})),
-                    decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
-                                           Shape<Int<Tile::kN>, Int<kDepth>, Int<kMaxStages>>{}, Step<_2, _1, _3>{}))>;
   const Cut& cut = params.cut;
   const int group = static_cast<int>(threadIdx.x) / kGroup - 1, thread = static_cast<int>(threadIdx.x) % kGroup;
   const bool signals = thread % kWarp == 0;
-  unsigned char* const c_tile = c_tiles + group * Tile::kCBytes;
+  unsigned char* const c_tile = c_tiles + (cut.c_tiles == 2 ? group : 0) * Tile::kCBytes;
 
-  Multiply multiply;
+  typename Product<Tile>::Multiply multiply;
   const auto slice = multiply.get_slice(thread);
-  const Tensor a_pieces = slice.make_fragment_A(
-      slice.partition_A(make_tensor(make_smem_ptr(reinterpret_cast<Element*>(a_stages)), LayoutA{})));
-  const Tensor b_pieces = slice.make_fragment_B(
-      slice.partition_B(make_tensor(make_smem_ptr(reinterpret_cast<Element*>(b_stages)), LayoutB{})));
+  const Tensor a_pieces = slice.make_fragment_A(slice.partition_A(
+      make_tensor(make_smem_ptr(reinterpret_cast<Element*>(a_stages)), typename Product<Tile>::LayoutA{})));
+  const Tensor b_pieces = slice.make_fragment_B(slice.partition_B(
+      make_tensor(make_smem_ptr(reinterpret_cast<Element*>(b_stages)), typename Product<Tile>::LayoutB{})));
   Tensor sums = partition_fragment_C(multiply, Shape<Int<Tile::kM>, Int<Tile::kN>>{});
 
   const auto release = [&](uint64_t* empty) {
@@ -242,12 +274,19 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
   // one round from the next, but not from the one after.
   const auto begin_turn = [&] { cutlass::arch::NamedBarrier::sync(2 * kGroup, 2 + group); };
   const auto end_turn = [&] { cutlass::arch::NamedBarrier::arrive(2 * kGroup, 2 + (1 - group)); };
-  if (group == 1) end_turn();  // the first turn is warpgroup 0's
+  // The same of a tile of C that both share.
+  const auto begin_store = [&] { cutlass::arch::NamedBarrier::sync(2 * kGroup, 4 + group); };
+  const auto end_store = [&] { cutlass::arch::NamedBarrier::arrive(2 * kGroup, 4 + (1 - group)); };
+  const bool shares_c = cut.c_tiles == 1;
+  if (group == 1) {  // the first turn is warpgroup 0's
+    end_turn();
+    if (shares_c) end_store();
+  }
   Place a, b;
   int turn = 0;
   for (Walk walk(cut, blocks_of<Tile>(m), static_cast<int>(blockIdx.x)); !walk.at_end(); walk.next(), turn ^= 1) {
     const bool is_mine = turn == group;
-    const int64_t left_in_group = walk.left_in_group();
+    const int left_in_group = walk.left_in_group();
     SummedRows<Tile> rows;
     if (is_mine) {
       rows.read(params, m, walk.m_block);  // on their way while the tile is multiplied
@@ -256,12 +295,16 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
         ClusterBarrier::wait(&barriers.b_full[b_now.slot], b_now.parity);
         ClusterBarrier::wait(&barriers.a_full[a_now.slot], a_now.parity);
         if constexpr (Tile::kGathers) cutlass::arch::fence_view_async_shared();  // cp.async wrote for wgmma to read
-        multiply.accumulate_ = first;
         warpgroup_fence_operand(sums);
         warpgroup_arrive();
 #pragma unroll
         for (int k = 0; k < size<2>(a_pieces); ++k) {
-          gemm(multiply, a_pieces(_, _, k, a_now.slot), b_pieces(_, _, k, b_now.slot), sums);
+          constexpr int kSteps = Tile::kHeadK / 16;  // of one head
+          if (k % kSteps == 0) multiply.accumulate_ = first;
+#pragma unroll
+          for (int block = 0; block < Tile::kM / 64; ++block)
+            gemm(multiply, a_pieces(_, block, k, a_now.slot), b_pieces(_, 0, k, b_now.slot),
+                 sums(_, block, k / kSteps));
           multiply.accumulate_ = GMMA::ScaleOut::One;
         }
         warpgroup_commit_batch();
@@ -302,18 +345,22 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
     if (!is_mine) continue;
 
     if (Tile::kGathers || params.bias) rows.finish(params, walk.head, walk.n_block, sums);
-    if (thread == 0) tma_store_wait<0>();  // the tile before has been read out of c_tile
-    cutlass::arch::NamedBarrier::sync(kGroup, group);
+    if (shares_c) {
+      begin_store();
+    } else {
+      if (thread == 0) tma_store_wait<0>();  // the tile before has been read out of c_tile
+      cutlass::arch::NamedBarrier::sync(kGroup, group);
+    }
     round_into<Tile>(c_tile, sums);
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::NamedBarrier::sync(kGroup, group);
     if (thread == 0) {
-      for (int panel = 0; panel < Tile::kPanels; ++panel) {
-        const int column = walk.n_block * Tile::kN + panel * kDepth;
-        if (column < params.n)
-          store(params, c_tile + panel * Tile::kM * kRowBytes, column, walk.head, walk.m_block * Tile::kM);
-      }
-      tma_store_arrive();
+      store_tile<Tile>(params, c_tile, walk.head, walk.n_block, walk.m_block);
+      if (shares_c) tma_store_wait<0>();
+    }
+    if (shares_c) {
+      __syncwarp();
+      end_store();
     }
   }
   if (thread == 0) tma_store_wait<0>();
@@ -329,8 +376,13 @@ __global__ void __launch_bounds__(kThreads, 1) head_gemm_kernel(const __grid_con
   unsigned char* const a_stages = shared;
   unsigned char* const b_stages = a_stages + cut.a_stages * Tile::kABytes;
   unsigned char* const c_tiles = b_stages + cut.b_stages * Tile::kBBytes;
-  auto& barriers = *reinterpret_cast<Barriers*>(c_tiles + 2 * Tile::kCBytes);
+  auto& barriers = *reinterpret_cast<Barriers*>(c_tiles + cut.c_tiles * Tile::kCBytes);
 
+  if (threadIdx.x == kGroup) {
+    if (!Tile::kGathers) cute::prefetch_tma_descriptor(&params.a);
+    cute::prefetch_tma_descriptor(&params.b);
+    cute::prefetch_tma_descriptor(&params.c);
+  }
   // One thread: the fence costs a microsecond and a half when sixteen share the work.
   if (threadIdx.x == 0) {
     constexpr int kWarps = kGroup / kWarp;

@@ -1,67 +1,96 @@
 // When the Hopper kernel is taken and with which tile: every number that was found by measuring, and how.
 //
-// Measured on an H100 80GB (132 SMs, a copy of 1 GiB at 2.99 TB/s), bfloat16, replays of a CUDA graph over operands
-// that L2 does not hold; ours / cuBLAS in microseconds (floor = bytes at the copy's rate, or FLOP at torch.mm's):
-//   heads of 128 -> 512, 1024 rows   71 / 73 (62)     heads of 512 -> 128, 1024 rows  75 / 71 (62)
-//   heads of 128 -> 512, 4096 rows  262 / 268 (230)   heads of 512 -> 128, 4096 rows 264 / 250 (230)
-//   10 heads 256 -> 256, 8192 rows   35 / 37 (28)     16 heads 256 -> 256, 4096 rows  28 / 31 (23)
-//   12 heads 64 -> 64, 12608 rows    15 / 18 (13)     64 heads 64 -> 64, 8192 rows    54 / 54 (45)
-//   16 heads 128 -> 128, 8192 rows   27 / 29 (23)     32 heads 128 -> 128, 8192 rows  54 / 55 (45)
-//   32 heads 32 -> 32, 16384 rows    37 / 31 (22)     4 heads 512 -> 512, 8192 rows   40 / 34 (23)
-//   one matrix of 4096              198 / 172 (170)   heads of 128 -> 512, 1 row      10 / 8.4 (5.7)
+// Where blocks shall work is a matter of memory alone, so it was looked for with a kernel that only copies tiles, no
+// mathematics, on an H200 (132 SMs), bfloat16, replays of a CUDA graph over operands that L2 does not hold; of the
+// floor that a copy of 1 GiB gives, heads of 128 -> 128, 8192 rows of 32 heads:
+//   each block down its own run of rows                                    0.80
+//   blocks side by side at the same rows, in neighbouring heads             0.85 to 0.89
+//   the same, but neighbours at neighbouring rows of one head               0.81
+//   the same, tiles wherever they fall on all 132, B never kept             0.93
+//   boxes of 8 rows, so that what lies together is written together         0.57
+//   cudaMemcpyAsync of as many bytes                                        0.95
+// So blocks go down the rows side by side (tile_walk.h). Predicted from it: 1.06 to 1.1 times the speed before.
+//
+// Measured on that H200; ours with the tile that is chosen / cuBLAS 13.0 in microseconds (floor: the bytes at 4.25 TB/s
+// or FLOP at 794 TFLOP/s):
+//   heads of 128 -> 512, 1024 rows   53 / 58 (43)     heads of 512 -> 128, 1024 rows  48 / 52 (43)
+//   heads of 128 -> 512, 4096 rows  195 / 231 (162)   heads of 512 -> 128, 4096 rows 165 / 188 (162)
+//   16 heads 256 -> 256, 4096 rows   21 / 25 (16)     4 heads 512 -> 512, 8192 rows   31 / 31 (22)
+//   12 heads 64 -> 64, 12608 rows    12 / 14 (9)      16 heads 512 -> 512, 8192 rows 115 / 109 (87)
+//   64 heads 64 -> 64, 8192 rows     38 / 42 (32)     32 heads 32 -> 32, 16384 rows   19 / 26 (16)
+//   32 heads 128 -> 128, 8192 rows   37 / 42 (32)     64 heads 16 -> 16, 8192 rows    10 / 22 (8)
+//   32 heads 384 -> 128, 8192 rows   67 / 76 (64)     16 heads 192 -> 192, 4096 rows  17 / 19 (12)
+//   32 heads 128 -> 128, 1024 rows  7.3 / 8.0 (4.2)   16 heads 256 -> 256, 1024 rows 8.2 / 8.8 (4.5)
+//   32 heads 128 -> 128, 256 rows   4.5 / 4.4 (1.2)   16 heads 256 -> 256, 512 rows  6.3 / 6.0 (2.5)
 // with rows gathered by index in flight (cuBLAS would need a copy of the rows first, 128 MiB more to move):
-//   32 heads 128 -> 128, 8192 of 65536 rows           54 (45), the dense product of as many rows 54
+//   32 heads 128 -> 128, 8192 of 65536 rows           41 (32)
 // What made the difference, in the order in which it was found:
 //   - Two warpgroups that wait for stages out of turn take a barrier's round for the one before: wrong sums. Now they
 //     take turns.
-//   - Gathering with addresses computed for each piece and stage: 64 us instead of 54. One pointer a row, set per tile.
+//   - Gathering with addresses computed for each piece and stage: 64 us instead of 54 (H100). One pointer a row, set
+//     per tile.
 //   - Sixteen threads initialising barriers, each with its fence: 1.6 us a launch. One thread.
-//   - Teams in neighbouring heads at the same rows, instead of runs of tiles wherever they fall: 280 -> 265 us at
-//     128 -> 512. What is written at one time lies together.
-//   - Evict-first stores, where C is larger than L2 keeps: 75 -> 71 us at 1024 rows. Else they do nothing.
+//   - Evict-first stores, where C is larger than L2 keeps: 75 -> 71 us at 128 -> 512, 1024 rows (H100). Evict-first
+//     loads of A cost 1 to 9 %.
 //   - Launching before the kernel ahead has ended (programmatic dependent launch): about half a microsecond.
-// In all of these, 22 shapes, cuBLAS (13.0) gave the very same bits.
+//   - Blocks side by side at the same rows, and 128 x 128 where 64 x 128 was: 21 -> 18.4 us at 16 heads of 128.
+//   - One tile of C for both warpgroups, where else A had a tile's worth of stages or less: 228 -> 165 us at 512 ->
+//   128,
+//     4096 rows; 54 -> 31 at 512 -> 512.
+//   - Two or four narrow heads to a tile: 26 -> 19 us at 32 -> 32.
+// In 22 shapes cuBLAS gave the very same bits.
 // Tried and left:
 //   - Padding a product whose sizes are no multiple of 8 for this kernel. Predicted from the copies' bytes: 1.2 to 1.4
 //     times cuBLAS's speed. Found: 0.5 to 0.8; ATen's copies of odd rows run at a third of the memory's rate. Such
-//     sizes cost cuBLAS 2.5 to 3 times the floor (4096 rows, 32 heads of 127 to 128: 58 us, of 128: 27 us).
-//   - Fewer than 64 columns: from 32 down to 8 cuBLAS is at the floor, this kernel 4 us above it.
+//     sizes cost cuBLAS 2.5 to 3 times the floor (4096 rows, 32 heads of 127 to 128: 58 us, of 128: 27 us, H100).
 //   - The fastest of cuBLASLt's first 16 algorithms for what cuBLAS takes: within 1 % of the first one from 64 rows on
-//     and, timed in a warm cache, worse for fewer (gemm_lt.cpp has the rule that came of it).
+//     and, timed in a warm cache, worse for fewer.
+//   - For 128 -> 512, where 0.83 of the floor is what copying tiles of 64 x 256 reaches: rows of 32 x 512 copy at 0.93,
+//     but wgmma has 64 rows.
 //
-// ptxas 13.0: 168 registers at launch in each of the 32 kernels, no spills; 56 for the gathering threads were too few.
+// ptxas 13.0: 168 registers at launch in each of the kernels, no spills; 56 for the gathering threads were too few.
 #pragma once
 
 #include "gemm_sm90.h"
 
 namespace mhmatmul::cuda::tuning {
 
-constexpr int64_t kLongestHead = 256;           // longer ones are bound by what cuBLAS does better
-constexpr int64_t kLongestGatheredHead = 512;   // here a copy of the rows costs more than what cuBLAS gains
-constexpr int64_t kFewestColumns = 64;          // a tile has that many
-constexpr int64_t kTilesPerSm = 4;              // fewer: filling and draining the pipeline is what is seen
+constexpr int64_t kLongestHead = 512;           // B of longer ones leaves no room for A
+constexpr int kWantedBytesOfA = 48 << 10;       // in shared memory, under way or waiting
 constexpr int64_t kBytesCacheKeeps = 32 << 20;  // of C; L2 has 50 or 60 MiB
 
 struct TileSize {
   int m, n;  // 128 x 64, 64 x 128, 128 x 128 or 64 x 256
 };
 
-inline TileSize tile_size(const HeadGemm& gemm) {
+// How many tiles of 8192 elements of C there are, the smallest.
+inline double smallest_tiles(const HeadGemm& gemm) {
+  const auto of = [](int64_t size, int64_t block) { return (size + block - 1) / block; };
+  return static_cast<double>(gemm.batch * (gemm.n <= 64 ? of(gemm.m, 128) : of(gemm.m, 64) * of(gemm.n, 128)));
+}
+
+inline TileSize tile_size(const HeadGemm& gemm, int multiprocessors) {
+  constexpr double kFew = 3.5, kMany = 14;  // of each multiprocessor
+  const double tiles = smallest_tiles(gemm) / multiprocessors;
   if (gemm.n <= 64) return {128, 64};
-  if (gemm.n > 128) return {64, 256};
-  // Most rows of C name no row of A: nearly all the work is storing zeros, and larger tiles have fewer steps.
-  return gemm.indices && gemm.a_rows < gemm.m ? TileSize{128, 128} : TileSize{64, 128};
+  if (tiles < kFew) return {64, 128};
+  if (gemm.n > 128 && gemm.k <= 256 && tiles >= kMany && !gemm.indices) return {64, 256};
+  return {128, 128};
 }
 
 inline bool prefers_sm90(const HeadGemm& gemm, int multiprocessors) {
-  if (gemm.indices) return gemm.k <= kLongestGatheredHead;
-  const auto tile = tile_size(gemm);
-  const int64_t tiles = gemm.batch * ((gemm.m + tile.m - 1) / tile.m) * ((gemm.n + tile.n - 1) / tile.n);
-  // Narrow tiles lose 1 % to cuBLAS where C is larger than L2 keeps, and win 16 % where it is not.
-  constexpr int64_t kElementSize = 2;
-  const bool is_narrow_and_large = tile.n == 64 && kElementSize * gemm.m * gemm.n * gemm.batch > kBytesCacheKeeps;
-  return gemm.k <= kLongestHead && gemm.n >= kFewestColumns && tiles >= kTilesPerSm * multiprocessors &&
-         !is_narrow_and_large;
+  if (gemm.k > kLongestHead) return false;
+  if (gemm.indices) return true;  // a copy of the rows costs more than what cuBLAS gains
+  // Filling and draining the pipeline is what is seen where there are fewer tiles, the sooner the longer heads are.
+  constexpr double kDepthOfTile = 72;
+  const double tiles = smallest_tiles(gemm) / multiprocessors;
+  if (tiles * kDepthOfTile < static_cast<double>(gemm.k)) return false;
+  // Bound by the matrix units: cuBLAS, but for few heads with many rows.
+  constexpr double kFlopPerByte = 187, kManyTiles = 15;
+  constexpr int64_t kPiecesOfFewHeads = 16;  // of B, 128 columns each
+  const auto k = static_cast<double>(gemm.k), n = static_cast<double>(gemm.n);
+  if (k * n <= kFlopPerByte * (k + n)) return true;
+  return gemm.batch * ((gemm.n + 127) / 128) <= kPiecesOfFewHeads && tiles >= kManyTiles;
 }
 
 }  // namespace mhmatmul::cuda::tuning

@@ -82,16 +82,17 @@ LtOptions lt_options(bool is_float32) {
   return options;
 }
 
-// Without a bias, cuBLAS's own choice for so few rows is up to 1.5 times as fast as the first of cuBLASLt's (16 rows,
-// 128 heads of 128 -> 512 on an H200: 7.2 and 10.6 us).
-constexpr int64_t kFewRows = 64;
+// What nobody may time cuBLAS chooses better for itself, but it has no bias: the first of cuBLASLt's algorithms
+// took 1.5 times as long for 16 rows of 128 heads of 128 -> 512, 1.03 times for one matrix of 4096 (H200).
+constexpr int64_t kFewRows = 64;  // too short to be timed
 
 // output = A B + bias; `gemm` is filled in but for what tells of the bias.
 void multiply(BatchedGemm& gemm, const OptionalTensor& bias, const Tensor& output) {
-  if (!bias && gemm.m <= kFewRows) return run(at::cuda::getCurrentCUDABlasHandle(), gemm);
+  const LtOptions options = lt_options(gemm.operand_type == CUDA_R_32F);
+  if (!bias && (gemm.m <= kFewRows || !options.times)) return run(at::cuda::getCurrentCUDABlasHandle(), gemm);
   const OptionalTensor row = bias && bias->stride(1) != 1 ? OptionalTensor(bias->contiguous()) : bias;
   if (run_lt(at::cuda::getCurrentCUDABlasLtHandle(), gemm, row ? allocated(*row).const_data_ptr() : nullptr,
-             row ? row->stride(0) : 0, lt_options(gemm.operand_type == CUDA_R_32F)))
+             row ? row->stride(0) : 0, options))
     return;
   if (bias) output.copy_(bias->expand_as(output));
   gemm.accumulates = bias.has_value();

@@ -51,6 +51,14 @@ __device__ inline uint32_t pack(float low, float high, cute::half_t) {
   return reinterpret_cast<const uint32_t&>(both);
 }
 
+// Where the sums of 8 columns of 64 rows are among a thread's: block `block` of rows, `j` of columns. The sums of the
+// first kHeadN columns of all rows come first.
+template <class Tile>
+__device__ constexpr int place_of_sums(int block, int j) {
+  constexpr int kBlocks = Tile::kM / 64, kEights = Tile::kHeadN / 8;
+  return ((j / kEights * kBlocks + block) * kEights + j % kEights) * 4;
+}
+
 // Rounds a tile's sums into `to`: panels of 64 columns, kM rows of 128 bytes each, swizzled as the copy engine reads.
 template <class Tile, class Sums>
 __device__ void round_into(unsigned char* to, const Sums& sums) {
@@ -62,13 +70,13 @@ __device__ void round_into(unsigned char* to, const Sums& sums) {
     const uint32_t address = cute::cast_smem_ptr_to_uint(to) + row * kRowBytes;
 #pragma unroll
     for (int j = 0; j < Tile::kN / 8; j += 2) {
-      const int base = block * Tile::kN / 2 + j * 4;
+      const int low = place_of_sums<Tile>(block, j), high = place_of_sums<Tile>(block, j + 1);
       const int piece = j + lane / 16;  // of 8 columns, 16 bytes
       const uint32_t target = address + piece / 8 * (Tile::kM * kRowBytes) + ((piece % 8) ^ (row % 8)) * 16;
       asm volatile(
           "stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target),
-          "r"(pack(sums(base + 0), sums(base + 1), Element{})), "r"(pack(sums(base + 2), sums(base + 3), Element{})),
-          "r"(pack(sums(base + 4), sums(base + 5), Element{})), "r"(pack(sums(base + 6), sums(base + 7), Element{}))
+          "r"(pack(sums(low + 0), sums(low + 1), Element{})), "r"(pack(sums(low + 2), sums(low + 3), Element{})),
+          "r"(pack(sums(high + 0), sums(high + 1), Element{})), "r"(pack(sums(high + 2), sums(high + 3), Element{}))
           : "memory");
     }
   }

@@ -28,7 +28,8 @@ inline auto encoder() {
   return encode;
 }
 
-// A tensor [outer, middle, inner], inner side by side, strides in elements, read or written in boxes.
+// A tensor [outer, middle, inner], inner side by side, strides in elements, read or written in boxes. Rows of a box lie
+// one below the other in shared memory, swizzled over their width: 32, 64 or 128 bytes.
 struct Layout {
   int64_t inner, middle, outer, middle_stride, outer_stride;
   int box_inner, box_middle, box_outer;
@@ -47,11 +48,14 @@ inline CUtensorMap tensor_map(const void* data, const Layout& layout, bool is_bf
   const cuuint32_t box[] = {static_cast<cuuint32_t>(layout.box_inner), static_cast<cuuint32_t>(layout.box_middle),
                             static_cast<cuuint32_t>(layout.box_outer)};
   const cuuint32_t every[] = {1, 1, 1};
+  const auto swizzle = layout.box_inner * kElementSize == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                       : layout.box_inner * kElementSize == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                               : CU_TENSOR_MAP_SWIZZLE_32B;
   CUtensorMap map;
   const auto encode = [&] {
     return encoder()(&map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
-                     const_cast<void*>(data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                     const_cast<void*>(data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult result = encode();
   if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread that has asked CUDA for nothing yet, as autograd's

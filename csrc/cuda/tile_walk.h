@@ -12,81 +12,90 @@ namespace mhmatmul::cuda::sm90 {
 // How the work is cut into tiles and shared out, decided on the host.
 struct Cut {
   int m_blocks, n_blocks, k_blocks, heads;
-  int lanes, teams;  // blocks: lane l of a team takes the columns' blocks l, l + lanes, ...; teams share heads and rows
-  int a_stages, b_stages;
+  // Of one piece of B, a group has the tiles at rows first, first + step, ...: all that are left, when groups take the
+  // rows in turn (step > 1), else `run` of them. Blocks take groups in turn.
+  int blocks, step, run;
+  int a_stages, b_stages, c_tiles;
   bool b_stays;
+
+  MHMATMUL_HOST_DEVICE int64_t pieces() const { return int64_t{heads} * n_blocks; }
 };
 
-// As many blocks as there are multiprocessors, or as there is work for.
+// What is read and written at one time shall lie together in memory: blocks side by side are at the same rows, in
+// neighbouring heads, and all of them go down the rows side by side. A block that stays with its piece of B brings it
+// once; where pieces are too many for that, or so few do not divide the multiprocessors, groups are runs of rows, as
+// long as it takes to share them out evenly.
 inline void share_out(Cut& cut, int multiprocessors) {
-  cut.lanes = std::min(cut.n_blocks, multiprocessors);
-  cut.teams =
-      static_cast<int>(std::min<int64_t>(std::max(1, multiprocessors / cut.lanes), int64_t{cut.heads} * cut.m_blocks));
+  constexpr double kTilesPerPiece = 0.5;  // what bringing another piece of B costs
+  constexpr double kWorthStaying = 0.9;
+  const int64_t pieces = cut.pieces();
+  const auto share = [](int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; };
+  double least = 0;
+  constexpr int kMostRuns = 64;
+  for (int runs = 1; runs <= std::min(kMostRuns, cut.m_blocks); ++runs) {
+    const int64_t run = share(cut.m_blocks, runs);
+    const double cost = static_cast<double>(share(pieces * share(cut.m_blocks, run), multiprocessors)) *
+                        (static_cast<double>(run) + kTilesPerPiece);
+    if (runs > 1 && cost >= least) continue;
+    least = cost;
+    cut.run = static_cast<int>(run);
+  }
+  cut.step = 1;
+  cut.blocks = static_cast<int>(std::min<int64_t>(pieces * share(cut.m_blocks, cut.run), multiprocessors));
+
+  const auto teams = static_cast<int>(std::min<int64_t>(multiprocessors / pieces, cut.m_blocks));
+  if (teams > 1 && kWorthStaying * static_cast<double>(share(cut.m_blocks, teams)) <= least) {
+    cut.step = teams;
+    cut.run = 1;
+    cut.blocks = static_cast<int>(teams * pieces);
+  }
 }
 
-// The tiles of one block, in order. A group is what shares a piece of B: one head's tiles for one block of columns.
-//
-// Heads are dealt to the teams one by one, and each team goes down all rows of its head: teams side by side are in
-// neighbouring heads at the same rows, so what is read and written at one time lies together in memory. The heads left
-// over are cut into as many runs of tiles as there are teams.
+// The tiles of one block, in order.
 class Walk {
  public:
   // `m_blocks`: how many of the cut's there are.
-  MHMATMUL_HOST_DEVICE Walk(const Cut& cut, int m_blocks, int block)
-      : cut_(cut),
-        m_blocks_(m_blocks),
-        team_(block / cut.lanes),
-        whole_(int64_t{cut.heads / cut.teams} * m_blocks),
-        n_block(block % cut.lanes) {
-    const int64_t rest = int64_t{cut.heads % cut.teams} * m_blocks;
-    run_begin_ = rest * team_ / cut.teams;
-    end_ = whole_ + rest * (team_ + 1) / cut.teams - run_begin_;
-    if (end_ == 0) {
-      n_block = cut.n_blocks;
-    } else {
-      locate();
-    }
+  MHMATMUL_HOST_DEVICE Walk(const Cut& cut, int m_blocks, int block) : cut_(cut), m_blocks_(m_blocks), group_(block) {
+    locate();
   }
 
-  MHMATMUL_HOST_DEVICE bool at_end() const { return n_block >= cut_.n_blocks; }
-  MHMATMUL_HOST_DEVICE bool is_first_of_group() const { return m_block == 0 || at_ == whole_; }
+  MHMATMUL_HOST_DEVICE bool at_end() const { return left_ < 0; }
+  MHMATMUL_HOST_DEVICE bool is_first_of_group() const { return is_first_; }
   // Tiles of the group after this one.
-  MHMATMUL_HOST_DEVICE int64_t left_in_group() const {
-    const int64_t of_head = m_blocks_ - 1 - m_block, of_all = end_ - 1 - at_;
-    return of_head < of_all ? of_head : of_all;
-  }
+  MHMATMUL_HOST_DEVICE int left_in_group() const { return left_; }
   MHMATMUL_HOST_DEVICE void next() {
-    ++at_;
-    ++m_block;
-    if (at_ == end_) {
-      at_ = 0;
-      n_block += cut_.lanes;
-    } else if (m_block < m_blocks_) {
-      return;
-    }
+    is_first_ = false;
+    m_block += cut_.step;
+    if (--left_ >= 0) return;
+    group_ += cut_.blocks;
     locate();
   }
 
  private:
   MHMATMUL_HOST_DEVICE void locate() {
-    if (at_ < whole_) {
-      head = team_ + static_cast<int>(at_ / m_blocks_) * cut_.teams;
-      m_block = static_cast<int>(at_ % m_blocks_);
-    } else {
-      const int64_t in_rest = run_begin_ + at_ - whole_;
-      head = cut_.heads - cut_.heads % cut_.teams + static_cast<int>(in_rest / m_blocks_);
-      m_block = static_cast<int>(in_rest % m_blocks_);
+    const int64_t pieces = cut_.pieces(), first = group_ / pieces * cut_.run;
+    const bool in_turn = cut_.step > 1;
+    if (first >= (in_turn && cut_.step < m_blocks_ ? cut_.step : m_blocks_)) {
+      left_ = -1;
+      return;
     }
+    const auto piece = static_cast<int>(group_ % pieces);
+    is_first_ = true;
+    head = piece / cut_.n_blocks;
+    n_block = piece % cut_.n_blocks;
+    m_block = static_cast<int>(first);
+    const int rest = m_blocks_ - m_block;
+    left_ = ((in_turn || rest < cut_.run ? rest : cut_.run) - 1) / cut_.step;
   }
 
   const Cut& cut_;
-  int m_blocks_, team_;
-  int64_t whole_;            // tiles of the heads that the team has whole
-  int64_t run_begin_, end_;  // first tile of its run among the heads left over; tiles of whole heads and run
-  int64_t at_ = 0;
+  int m_blocks_;
+  int64_t group_;
+  int left_ = -1;
+  bool is_first_ = false;
 
  public:
-  int n_block, head = 0, m_block = 0;
+  int n_block = 0, head = 0, m_block = 0;
 };
 
 }  // namespace mhmatmul::cuda::sm90
