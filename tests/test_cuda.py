@@ -248,11 +248,14 @@ def test_both_gradients(size, layout, dtype):
     elif layout == "expanded":
         grad_output = torch.randn(1, nh, e, device="cuda", dtype=dtype).expand(m, nh, e)
     both = ops._head_matmul_backward(grad_output, input, weight)
+    alone = ops._head_matmul_wgrad(grad_output, input)
     exact = plain_gradients(grad_output.double(), input.double(), weight.double())
     for ours, plain, reference in zip(both, plain_gradients(grad_output, input, weight), exact, strict=True):
         assert_as_exact(ours, plain, reference)
+    assert_as_exact(alone, plain_gradients(grad_output, input, weight)[1], exact[1])
     for ours, again in zip(both, ops._head_matmul_backward(grad_output, input, weight), strict=True):
         assert torch.equal(ours, again), "repeated"
+    assert torch.equal(alone, ops._head_matmul_wgrad(grad_output, input)), "repeated"
 
 
 @pytest.mark.parametrize("size", BACKWARD, ids=str)
@@ -287,6 +290,26 @@ def test_both_gradients_of_the_selected(size, padding, dtype):
         both, ops._gather_head_matmul_backward(grad_output, input, weight, indices, True), strict=True
     ):
         assert torch.equal(ours, again), "repeated"
+    alone = ops._gather_head_matmul_wgrad(grad_output, input, indices)
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert torch.equal(alone, both[1]), "the same sums, with the input's gradient or without"
+    assert_as_exact(alone, plain(grad_output, input, weight)[1], exact[1])
+
+
+@halves
+def test_gradient_of_the_weight_by_repeated_rows(dtype):
+    """Rows are only read, so they may come again."""
+    input = torch.randn(50, 3, 96, device="cuda", dtype=dtype)
+    grad_output = torch.randn(3000, 3, 200, device="cuda", dtype=dtype)
+    indices = some_indices(50, 3000)
+    is_row = (indices >= 0) & (indices < 50)
+    grad_output[~is_row] = torch.nan
+
+    def plain(grad_output, input):
+        return torch.einsum("mnd,mne->nde", input[indices[is_row]], grad_output[is_row])
+
+    ours = ops._gather_head_matmul_wgrad(grad_output, input, indices)
+    assert_as_exact(ours, plain(grad_output, input), plain(grad_output.double(), input.double()))
 
 
 @halves
@@ -302,6 +325,9 @@ def test_grad_output_is_read_once(dtype):
     for names in (dense, selected):
         assert sum("backward_kernel" in name for name in names) == 1, names
         assert not any("gemm" in name or "copy_rows" in name for name in names), names
+    alone = kernels_of(lambda: ops._gather_head_matmul_wgrad(grad_output, input, indices))
+    assert any("backward_kernel" in name for name in alone), alone
+    assert not any("copy_rows" in name or "mask" in name for name in alone), alone
 
 
 @pytest.mark.parametrize("capacity", [None, 100])

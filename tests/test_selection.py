@@ -82,10 +82,10 @@ def test_shapes(shape, dtype, device):
         assert_same_selection(probs, 0.25, max(1, shape[1] // 8))
 
 
-@pytest.mark.parametrize("s", [4096, 8192, 8193, 40_001])
+@pytest.mark.parametrize("s", [4096, 8192, 8193, 40_001, 150_001])
 @pytest.mark.parametrize("levels", [3, 1000, 1 << 20])
 def test_long_rows(s, levels, dtype, device):
-    """On a GPU a row of several tiles is read from memory again and again; few levels make ties across tiles."""
+    """On a GPU several blocks share a row of several tiles, one each or more; few levels make ties across them."""
     probs = (torch.randint(levels, (3, s), device=device) / levels).to(dtype)
     probs[1, s // 2 :] = NAN
     for top_k in (None, 1, s // 8, s - 1):
@@ -95,6 +95,11 @@ def test_long_rows(s, levels, dtype, device):
 
 def test_many_rows(dtype, device):
     assert_same_selection(torch.rand(70_000, 3, device=device).to(dtype), 0.5, 2)
+
+
+def test_many_long_rows(device):
+    """More clusters than a GPU holds at once, which tell each other how many tokens they keep."""
+    assert_same_selection(torch.rand(300, 20_000, device=device), 0.5, 4000)
 
 
 def test_few_kept_do_not_hold_on_to_the_memory_for_many(device):

@@ -38,11 +38,13 @@ void run(const HeadBackward& backward, float* partial, cudaStream_t stream) {
   params.m = static_cast<int>(m);
   params.hd = static_cast<int>(hd);
   params.e = static_cast<int>(e);
+  params.wants_input = backward.grad_input != nullptr;
   params.grad_weight = backward.grad_weight;
   params.partial = params.cut.splits > 1 ? partial : nullptr;
-  params.weight = tensor_map(
-      backward.weight, {e, hd, heads, backward.weight_stride, backward.weight_head_stride, kColumns, Tile::kHd, 1},
-      is_bfloat16);
+  if (params.wants_input)
+    params.weight = tensor_map(
+        backward.weight, {e, hd, heads, backward.weight_stride, backward.weight_head_stride, kColumns, Tile::kHd, 1},
+        is_bfloat16);
   const auto grad_output = [&](int rows) {
     return tensor_map(backward.grad_output,
                       {e, heads, m, backward.grad_output_head_stride, backward.grad_output_stride, kColumns, 1, rows},
@@ -62,7 +64,7 @@ void run(const HeadBackward& backward, float* partial, cudaStream_t stream) {
       return tensor_map(data, {hd, heads, m, head_stride, stride, kColumns, 1, kRows}, is_bfloat16);
     };
     params.input = rows(backward.input, backward.input_head_stride, backward.input_stride);
-    params.grad_input = rows(backward.grad_input, hd, heads * hd);
+    if (params.wants_input) params.grad_input = rows(backward.grad_input, hd, heads * hd);
   }
   check(cudaFuncSetAttribute(backward_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBackwardBytes<Tile>),
         "cudaFuncSetAttribute");
@@ -102,12 +104,15 @@ bool takes_backward_sm90(const HeadBackward& backward) {
   constexpr int64_t kMostHeads = 1 << 20;  // segments are counted in an int
   if (backward.heads > kMostHeads) return false;
   if (backward.hd % 8 != 0 || backward.e % 8 != 0) return false;
+  const auto takes_weight = [&] {
+    return is_walkable(backward.weight, backward.hd, backward.weight_stride, backward.heads,
+                       backward.weight_head_stride);
+  };
   return is_walkable(backward.grad_output, backward.m, backward.grad_output_stride, backward.heads,
                      backward.grad_output_head_stride) &&
          is_walkable(backward.input, backward.named_rows, backward.input_stride, backward.heads,
                      backward.input_head_stride) &&
-         is_walkable(backward.weight, backward.hd, backward.weight_stride, backward.heads,
-                     backward.weight_head_stride) &&
+         (!backward.grad_input || takes_weight()) &&
          tuning::prefers_one_pass(backward, cut(backward), clusters_of(backward));
 }
 

@@ -1,4 +1,4 @@
-// Both gradients of the head-wise product on Hopper, grad_output read once:
+// The gradients of the head-wise product on Hopper, grad_output read once for both, or for the second alone:
 //   grad_input[r, n] = grad_output[r, n] weight[n]^T
 //   grad_weight[n]   = the sum over r of input[r, n]^T grad_output[r, n]
 // Bound by the bytes of grad_output, the largest of all; two products would read it twice.
@@ -71,6 +71,7 @@ struct BackwardParams {
   void* grad_weight;  // [nh, hd, e], when a head is one segment
   float* partial;     // else [splits, nh, hd, e]
   int m, hd, e;
+  bool wants_input;  // its gradient
   BackwardCut cut;
 };
 
@@ -233,6 +234,22 @@ __device__ void release_grad(uint64_t* empty) {
   }
 }
 
+// In place of the next: lets go of what the sums of grad_weight alone are made from.
+template <class Tile>
+__device__ void skip_grad_input(const BackwardParams& params, BackwardBarriers& barriers, int team) {
+  Place at;
+  for (int segment = team; segment < params.cut.segments(); segment += params.cut.teams) {
+    const Segment own(params.cut, segment);
+    for (int tile = own.begin; tile < params.cut.row_tiles; tile += own.step) {
+      for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+        ClusterBarrier::wait(&barriers.grad_full[at.slot][chunk], at.parity);
+        release_grad<Tile>(&barriers.grad_empty[at.slot][chunk]);
+      }
+      at.advance(1, kBackwardStages<Tile>);
+    }
+  }
+}
+
 template <class Tile>
 __device__ void make_grad_input(const BackwardParams& params, BackwardBarriers& barriers, unsigned char* grad_stages,
                                 unsigned char* weight, unsigned char* tile_out, int team, int rank) {
@@ -244,6 +261,7 @@ __device__ void make_grad_input(const BackwardParams& params, BackwardBarriers& 
   using LayoutA = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
                                          Shape<_64, Int<Tile::kE>, Int<kBackwardStages<Tile>>>{}));
   using LayoutB = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<Int<Tile::kHd>, Int<Tile::kE>>{}));
+  if (!params.wants_input) return skip_grad_input<Tile>(params, barriers, team);
   const int thread = static_cast<int>(threadIdx.x) % kGroup;
   Multiply multiply;
   const auto slice = multiply.get_slice(thread);

@@ -30,6 +30,11 @@
 //     when every fifth is), all at once where 64 of them follow one another.
 //   - A stage that is held until the next tile has come leaves one of two to load. Let go of at once: 354 -> 254 us,
 //     gathered, at 128 -> 512 with 4096 rows on an H200; nothing where there are three stages or more.
+//   - Splits of a head go down its rows side by side, not one run each: 2 to 4 % (64 -> 64, 128 -> 128).
+//   - The weight's gradient alone, H200, 12 heads of 64, 12608 rows: 14.6 us, cuBLAS 20.0; 32 heads of 32, 16384
+//   rows: 21.6
+//     and 29.8; 64 heads of 64, 8192 rows: 36.0 and 33.4. Gathered, it copies nothing.
+//   - The same graph of 128 -> 512 at 4096 rows takes 222 us in a cool H200, 250 us in one that has just worked.
 //   - Sums of few rows cost more than the rows: weight in, grad_weight out, and twice through memory when split.
 //
 // ptxas 13.0: 128 registers at launch, 168 with one summing warpgroup; 48 bytes spilled by one kernel of each dtype.
@@ -42,6 +47,8 @@ namespace mhmatmul::cuda::tuning {
 
 constexpr double kFewestTilesPerCluster = 6;  // fewer: two products are faster; gathered, they would need copies
 constexpr int64_t kNarrow = 64;               // heads that narrow are always faster in one pass
+// The weight's gradient alone: cuBLAS is at the floor, or as near, where it has a head for every third block or more.
+constexpr int64_t kClustersPerHeadAlone = 3;
 // What a segment costs besides its rows, filling and draining, in tiles of 64 rows.
 constexpr double kTilesPerSegment = 3;
 
@@ -62,7 +69,10 @@ inline BackwardTileShape backward_tile_shape(const HeadBackward& backward) {
 }
 
 inline bool prefers_one_pass(const HeadBackward& backward, const sm90::BackwardCut& cut, int clusters) {
-  if (backward.indices || (backward.hd <= kNarrow && backward.e <= kNarrow)) return true;
+  if (backward.indices) return true;
+  const bool is_narrow = backward.hd <= kNarrow && backward.e <= kNarrow;
+  if (!backward.grad_input) return is_narrow && kClustersPerHeadAlone * backward.heads <= clusters;
+  if (is_narrow) return true;
   const auto tiles = static_cast<double>(int64_t{cut.heads} * cut.hd_groups * cut.row_tiles);
   return tiles >= kFewestTilesPerCluster * clusters;
 }

@@ -51,10 +51,9 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& indi
   return grad_input;
 }
 
-// Whatever a padding row's gradient holds, it counts for nothing; so both operands are masked.
 Tensor wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& indices) {
   Tensor grad_weight = at::empty({input.size(1), input.size(2), grad_output.size(2)}, input.options());
-  cuda::wgrad(cuda::masked(grad_output, indices, input.size(0)), cuda::gather(input, indices), grad_weight);
+  cuda::gather_wgrad(grad_output, input, indices, grad_weight);
   return grad_weight;
 }
 

@@ -99,10 +99,51 @@ void multiply(BatchedGemm& gemm, const OptionalTensor& bias, const Tensor& outpu
   run(at::cuda::getCurrentCUDABlasHandle(), gemm);
 }
 
+// Runs the kernel for Hopper where it takes the product: `backward` has what concerns the input's gradient.
+bool run_where_faster(HeadBackward backward, const Tensor& grad_output, const Tensor& rows, const Tensor& indices,
+                      const Tensor& grad_weight) {
+  if (!is_half(rows) || !is_dense(grad_output, 2) || !is_dense(rows, 2)) return false;
+  backward.m = grad_output.size(0);
+  backward.hd = grad_weight.size(1);
+  backward.e = grad_weight.size(2);
+  backward.heads = grad_weight.size(0);
+  backward.grad_output = allocated(grad_output).const_data_ptr();
+  backward.grad_output_stride = grad_output.stride(0);
+  backward.grad_output_head_stride = grad_output.stride(1);
+  backward.input = allocated(rows).const_data_ptr();
+  backward.input_stride = rows.stride(0);
+  backward.input_head_stride = rows.stride(1);
+  backward.indices = indices.defined() ? indices.const_data_ptr<int64_t>() : nullptr;
+  backward.named_rows = rows.size(0);
+  backward.grad_weight = grad_weight.mutable_data_ptr();
+  backward.is_bfloat16 = rows.scalar_type() == at::kBFloat16;
+  if (!takes_backward_sm90(backward)) return false;
+  const Tensor partial = at::empty({partial_of_backward_sm90(backward)}, rows.options().dtype(at::kFloat));
+  run_backward_sm90(backward, partial.mutable_data_ptr<float>(), at::cuda::getCurrentCUDAStream());
+  return true;
+}
+
 // [m, nh, x] as rows of nh * x elements, a row's elements together.
 Tensor as_rows(const Tensor& tensor) {
   const Tensor rows = tensor.reshape({tensor.size(0), tensor.size(1) * tensor.size(2)});
   return rows.size(1) <= 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
+// What `gather` gives, in a tensor of its own.
+Tensor gathered(const Tensor& rows, const Tensor& indices) {
+  Tensor to = at::empty({indices.size(0), rows.size(1), rows.size(2)}, rows.options());
+  gather(rows, indices, to);
+  return to;
+}
+
+// A copy of rows [t, nh, x] with zeros where the index names none of m rows.
+Tensor masked(const Tensor& rows, const Tensor& indices, int64_t m) {
+  const Tensor from = as_rows(rows);
+  Tensor to = at::empty(rows.sizes(), rows.options());
+  mask_rows(allocated(from).const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0), m,
+            from.size(1), from.element_size(), to.mutable_data_ptr(), from.size(1), at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return to;
 }
 
 }  // namespace
@@ -112,21 +153,6 @@ void gather(const Tensor& rows, const Tensor& indices, const Tensor& to) {
   gather_rows(allocated(from).const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0),
               rows.size(0), from.size(1), from.element_size(), to.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-Tensor gather(const Tensor& rows, const Tensor& indices) {
-  Tensor gathered = at::empty({indices.size(0), rows.size(1), rows.size(2)}, rows.options());
-  gather(rows, indices, gathered);
-  return gathered;
-}
-
-Tensor masked(const Tensor& rows, const Tensor& indices, int64_t m) {
-  const Tensor from = as_rows(rows);
-  Tensor to = at::empty(rows.sizes(), rows.options());
-  mask_rows(allocated(from).const_data_ptr(), from.stride(0), indices.const_data_ptr<int64_t>(), indices.size(0), m,
-            from.size(1), from.element_size(), to.mutable_data_ptr(), from.size(1), at::cuda::getCurrentCUDAStream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return to;
 }
 
 bool gather_forward_in_flight(const Tensor& rows, const Tensor& weight, const Tensor& indices,
@@ -141,7 +167,7 @@ bool gather_forward_in_flight(const Tensor& rows, const Tensor& weight, const Te
 void gather_forward(const Tensor& rows, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias,
                     const Tensor& output) {
   if (gather_forward_in_flight(rows, weight, indices, bias, output)) return;
-  forward(gather(rows, indices), weight, bias, output);
+  forward(gathered(rows, indices), weight, bias, output);
   // Also without a bias: a row of zeros by a weight that is not finite is not zeros.
   zero_rows(indices.const_data_ptr<int64_t>(), indices.size(0), rows.size(0), output.size(1) * output.size(2),
             output.element_size(), output.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
@@ -178,6 +204,7 @@ void wgrad(const Tensor& grad_output, const Tensor& rows, const Tensor& grad_wei
     grad_weight.zero_();
     return;
   }
+  if (run_where_faster({}, grad_output, rows, Tensor(), grad_weight)) return;
   Tensor a = rows, b = grad_output;
   BatchedGemm gemm{};
   gemm.m = rows.size(2);
@@ -193,32 +220,20 @@ void wgrad(const Tensor& grad_output, const Tensor& rows, const Tensor& grad_wei
   multiply(gemm, std::nullopt, grad_weight);
 }
 
+void gather_wgrad(const Tensor& grad_output, const Tensor& rows, const Tensor& indices, const Tensor& grad_weight) {
+  if (run_where_faster({}, grad_output, rows, indices, grad_weight)) return;
+  wgrad(masked(grad_output, indices, rows.size(0)), gathered(rows, indices), grad_weight);
+}
+
 bool backward_in_one_pass(const Tensor& grad_output, const Tensor& rows, const Tensor& weight, const Tensor& indices,
                           const Tensor& grad_input, const Tensor& grad_weight) {
-  if (!is_half(rows) || !is_dense(grad_output, 2) || !is_dense(rows, 2) || !is_dense(weight, 2)) return false;
+  if (!is_dense(weight, 2)) return false;
   HeadBackward backward{};
-  backward.m = grad_output.size(0);
-  backward.hd = weight.size(1);
-  backward.e = weight.size(2);
-  backward.heads = weight.size(0);
-  backward.grad_output = allocated(grad_output).const_data_ptr();
-  backward.grad_output_stride = grad_output.stride(0);
-  backward.grad_output_head_stride = grad_output.stride(1);
-  backward.input = allocated(rows).const_data_ptr();
-  backward.input_stride = rows.stride(0);
-  backward.input_head_stride = rows.stride(1);
   backward.weight = allocated(weight).const_data_ptr();
   backward.weight_stride = weight.stride(1);
   backward.weight_head_stride = weight.stride(0);
-  backward.indices = indices.defined() ? indices.const_data_ptr<int64_t>() : nullptr;
-  backward.named_rows = rows.size(0);
   backward.grad_input = grad_input.mutable_data_ptr();
-  backward.grad_weight = grad_weight.mutable_data_ptr();
-  backward.is_bfloat16 = rows.scalar_type() == at::kBFloat16;
-  if (!takes_backward_sm90(backward)) return false;
-  const Tensor partial = at::empty({partial_of_backward_sm90(backward)}, rows.options().dtype(at::kFloat));
-  run_backward_sm90(backward, partial.mutable_data_ptr<float>(), at::cuda::getCurrentCUDAStream());
-  return true;
+  return run_where_faster(backward, grad_output, rows, indices, grad_weight);
 }
 
 }  // namespace mhmatmul::cuda

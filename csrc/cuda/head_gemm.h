@@ -22,14 +22,13 @@ bool gather_forward_in_flight(const Tensor& rows, const Tensor& weight, const Te
 
 // to[r] = rows[indices[r]], zeros where the index names no row: `to` [t, nh, x], contiguous.
 void gather(const Tensor& rows, const Tensor& indices, const Tensor& to);
-// The same, in a tensor of its own.
-Tensor gather(const Tensor& rows, const Tensor& indices);
-
-// A copy of rows [t, nh, x] with zeros where the index names none of m rows.
-Tensor masked(const Tensor& rows, const Tensor& indices, int64_t m);
 
 // grad_weight [nh, hd, e], contiguous: the sum over r of rows[r]^T grad_output[r].
 void wgrad(const Tensor& grad_output, const Tensor& rows, const Tensor& grad_weight);
+
+// The same with row indices[r] of rows [m, nh, hd] in place of row r, int64 [t], side by side; where it names none,
+// whatever grad_output's row holds counts for nothing. Both are copied only where the kernel for Hopper is not taken.
+void gather_wgrad(const Tensor& grad_output, const Tensor& rows, const Tensor& indices, const Tensor& grad_weight);
 
 // Both gradients in one pass over grad_output, where the kernel for Hopper takes it; else nothing is done, and false is
 // returned. grad_output [t, nh, e], weight [nh, hd, e], grad_weight [nh, hd, e] contiguous; rows [t, nh, hd] and

@@ -1,6 +1,8 @@
-// One kernel, one block per row.
+// One kernel, one block per row; or a cluster of up to eight, where a row is longer than a tile and the device has
+// them: then each block has a share of the row's tiles, and tells the others what it counted through shared memory.
 //
-// 1. The row is read, tile by tile, each thread the same few consecutive scores of every tile; a row of one tile stays
+// 1. The row is read, tile by tile, each thread the same few consecutive scores of every tile; a block's only tile
+// stays
 //    in registers as keys. Candidates (score >= top_p) are counted, and their lowest and highest key found. What the
 //    row keeps, min(candidates, k), is known from here on.
 // 2. Packed form: one thread publishes that count and adds up those of the rows before (look-back over one word a row,
@@ -14,8 +16,11 @@
 //    its place, and the first ties win.
 #include "select.h"
 
+#include <cooperative_groups.h>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
+
+#include <algorithm>
 
 namespace mhmatmul::cuda {
 namespace {
@@ -23,7 +28,8 @@ namespace {
 constexpr int kThreads = 1024, kWarp = 32;
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
-constexpr int kCopies = 8;  // of the histogram
+constexpr int kCopies = 8;      // of the histogram
+constexpr int kMostBlocks = 8;  // of a cluster
 static_assert(kThreads >= kDigits, "one thread adds up the copies of one bin");
 
 // Keys of a tile that one thread owns.
@@ -118,19 +124,50 @@ struct Sum {
   __device__ Summary<Format> operator()(const Summary<Format>& a, const Summary<Format>& b) const { return a + b; }
 };
 
-template <class Format>
+// The blocks of a row.
+template <bool clustered>
+struct Team {
+  static __device__ int rank() { return 0; }
+  static __device__ int size() { return 1; }
+  static __device__ void sync() { __syncthreads(); }
+  template <class Value>
+  static __device__ Value* of(Value* own, int) {
+    return own;
+  }
+};
+
+#if __CUDA_ARCH__ >= 900
+template <>
+struct Team<true> {
+  static __device__ int rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
+  static __device__ int size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
+  static __device__ void sync() { cooperative_groups::this_cluster().sync(); }
+  // What another block has in the place of `own`, in its shared memory.
+  template <class Value>
+  static __device__ Value* of(Value* own, int rank) {
+    return cooperative_groups::this_cluster().map_shared_rank(own, rank);
+  }
+};
+#endif
+
+template <class Format, bool clustered>
 __global__ void __launch_bounds__(kThreads)
     select_kernel(Scores<Format> scores, Threshold<Format> top_p, int64_t k, Packed packed, Padded padded) {
   using Bits = typename Format::Bits;
   using BlockReduce = cub::BlockReduce<Summary<Format>, kThreads>;
   using BlockScan = cub::BlockScan<unsigned int, kThreads>;
+  using BlockSum = cub::BlockReduce<unsigned long long, kThreads>;
+  using Row = Team<clustered>;
+  constexpr int kMost = clustered ? kMostBlocks : 1;
   __shared__ union {
     typename BlockReduce::TempStorage reduce;
+    typename BlockSum::TempStorage sum;
     typename BlockScan::TempStorage scan;
     unsigned int histogram[kDigits * kCopies];
   } storage;
-  __shared__ unsigned int digits[kDigits];
-  __shared__ Summary<Format> summary;
+  __shared__ unsigned int digits[kDigits], own_digits[2][kDigits];  // of the row; of the block, in every other pass
+  __shared__ Summary<Format> summaries[kMost];                      // of the row's blocks
+  __shared__ unsigned long long counts[kMost];                      // keys above the rule's, and equal to it << 32
   __shared__ int64_t row_shared, first_place, places;
   __shared__ Bits prefix;
   __shared__ bool all_stay;
@@ -139,19 +176,28 @@ __global__ void __launch_bounds__(kThreads)
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();  // what waits for this selection may come up meanwhile: gemm_sm90.cuh does
 #endif
-  if (threadIdx.x == 0) row_shared = packed.words ? atomicAdd(packed.ticket, 1ull) : blockIdx.x;
-  __syncthreads();
+  const int rank = Row::rank(), blocks = Row::size();
+  if (clustered) Row::sync();  // all have come, so that their shared memory may be written
+  if (rank == 0 && threadIdx.x == 0) {
+    const int64_t own = packed.words ? atomicAdd(packed.ticket, 1ull) : blockIdx.x / blocks;
+    for (int other = 0; other < blocks; ++other) *Row::of(&row_shared, other) = own;
+  }
+  Row::sync();
   const int64_t row = row_shared;
   const Bits* const data = scores.data + row * scores.row_stride;
   auto rule = SelectionRule<Format>::from_threshold(top_p.pointer ? *top_p.pointer : top_p.value);
 
   Bits keys[kOwned];
   const int64_t my_first = int64_t{threadIdx.x} * kOwned;
-  const bool stays = scores.s <= kTile<Format>;
-  if (stays) load_keys(scores, data, my_first, keys);
+  // The block's share: scores [begin, end).
+  const int64_t tiles = (scores.s + kTile<Format> - 1) / kTile<Format>, share = (tiles + blocks - 1) / blocks;
+  const int64_t begin = rank * share * kTile<Format>;
+  const int64_t end = begin + share * kTile<Format> < scores.s ? begin + share * kTile<Format> : scores.s;
+  const bool stays = share == 1;
+  if (stays && begin < end) load_keys(scores, data, begin + my_first, keys);
   // Calls use(tile) for every tile, its keys in `keys`.
   const auto for_each_tile = [&](const auto& use) {
-    for (int64_t tile = 0; tile < scores.s; tile += kTile<Format>) {
+    for (int64_t tile = begin; tile < end; tile += kTile<Format>) {
       if (!stays) load_keys(scores, data, tile + my_first, keys);
       use(tile);
     }
@@ -164,22 +210,30 @@ __global__ void __launch_bounds__(kThreads)
       if (rule.admits(key)) mine = mine + Summary<Format>{1, key, key};
   });
   mine = BlockReduce(storage.reduce).Reduce(mine, Sum<Format>());
-  if (threadIdx.x == 0) summary = mine;
-  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int other = 0; other < blocks; ++other) Row::of(summaries, other)[rank] = mine;
+  Row::sync();
+  if (clustered) {
+    if (threadIdx.x == 0)
+      for (int other = 1; other < blocks; ++other) summaries[0] = summaries[0] + summaries[other];
+    __syncthreads();
+  }
+  const Summary<Format>& summary = summaries[0];
   const int64_t candidates = summary.candidates, kept = candidates < k ? candidates : k;
 
-  if (threadIdx.x == kThreads - 1) {  // in the last warp: the first has the digits to look at
+  if (rank == 0 && threadIdx.x == kThreads - 1) {  // in the last warp: the first has the digits to look at
+    int64_t first = row * padded.capacity;
     if (packed.words) {
-      first_place = look_back(packed.words, row, kept);
-      packed.cu_seqlens[row] = static_cast<int32_t>(first_place);
+      first = look_back(packed.words, row, kept);
+      packed.cu_seqlens[row] = static_cast<int32_t>(first);
       if (row + 1 == scores.b) {
-        packed.cu_seqlens[scores.b] = static_cast<int32_t>(first_place + kept);
-        *packed.total = first_place + kept;
+        packed.cu_seqlens[scores.b] = static_cast<int32_t>(first + kept);
+        *packed.total = first + kept;
       }
     } else {
-      first_place = row * padded.capacity;
       padded.counts[row] = candidates < padded.count_limit ? candidates : padded.count_limit;
     }
+    for (int other = 0; other < blocks; ++other) *Row::of(&first_place, other) = first;
   }
 
   if (candidates > kept && kept > 0) {
@@ -193,7 +247,7 @@ __global__ void __launch_bounds__(kThreads)
       prefix = summary.highest & found;
     }
     __syncthreads();
-    for (;;) {
+    for (int pass = 0;; pass ^= 1) {
       for (int i = threadIdx.x; i < kDigits * kCopies; i += kThreads) storage.histogram[i] = 0;
       __syncthreads();
       for_each_tile([&](int64_t) {
@@ -206,9 +260,17 @@ __global__ void __launch_bounds__(kThreads)
       if (threadIdx.x < kDigits) {
         unsigned int sum = 0;
         for (int copy = 0; copy < kCopies; ++copy) sum += storage.histogram[threadIdx.x * kCopies + copy];
-        digits[threadIdx.x] = sum;
+        (clustered ? own_digits[pass] : digits)[threadIdx.x] = sum;
       }
-      __syncthreads();
+      Row::sync();
+      if (clustered) {
+        if (threadIdx.x < kDigits) {
+          unsigned int sum = 0;
+          for (int other = 0; other < blocks; ++other) sum += Row::of(own_digits[pass], other)[threadIdx.x];
+          digits[threadIdx.x] = sum;
+        }
+        __syncthreads();
+      }
       if (threadIdx.x < kWarp) find_digit(digits, shift, places, prefix, all_stay);
       __syncthreads();
       if (all_stay || shift == 0) break;
@@ -221,10 +283,27 @@ __global__ void __launch_bounds__(kThreads)
     rule.ties = all_stay ? kNoLimit : places;
   }
   if (kept == 0) rule = SelectionRule<Format>::nothing();
+  const auto tell = [&](Bits key) { return (key > rule.key ? 1ull : 0ull) | (key == rule.key ? 1ull << 32 : 0ull); };
+  int64_t above = 0, ties = 0;
+  if (clustered) {
+    unsigned long long own = 0;
+    for_each_tile([&](int64_t) {
+#pragma unroll
+      for (const Bits key : keys) own += tell(key);
+    });
+    __syncthreads();  // the storage was the histogram's
+    own = BlockSum(storage.sum).Sum(own);
+    if (threadIdx.x == 0)
+      for (int other = 0; other < blocks; ++other) Row::of(counts, other)[rank] = own;
+    Row::sync();  // from here on nobody reads or writes what is another's
+    for (int other = 0; other < rank; ++other) {
+      above += static_cast<int64_t>(counts[other] & 0xFFFFFFFFu);
+      ties += static_cast<int64_t>(counts[other] >> 32);
+    }
+  }
   __syncthreads();
   int64_t* const out = (packed.words ? packed.indices : padded.indices) + first_place;
 
-  int64_t above = 0, ties = 0;
   for_each_tile([&](int64_t tile) {
     if (kept == 0) return;  // the same for the whole block
     unsigned int here = 0, before, total;
@@ -246,7 +325,46 @@ __global__ void __launch_bounds__(kThreads)
     ties += total >> 16;
   });
   if (!packed.words)
-    for (int64_t place = kept + threadIdx.x; place < padded.capacity; place += kThreads) out[place] = -1;
+    for (int64_t place = kept + rank * kThreads + threadIdx.x; place < padded.capacity; place += blocks * kThreads)
+      out[place] = -1;
+}
+
+// How many blocks share a row: as many as the row has tiles and a cluster has blocks, while all rows find room at once.
+// Clusters that wait for one another are slower than blocks alone (H200, 32768 float32 scores, 4 blocks and 1: 64 rows
+// 42 and 32 us, 8 rows 16 and 27 us; of 131072, 8 rows 29 and 109 us).
+template <class Format>
+int64_t blocks_of_row(const Scores<Format>& scores) {
+  int device = 0, multiprocessors = 0;
+  cudaFuncAttributes attributes{};
+  const int64_t tiles = (scores.s + kTile<Format> - 1) / kTile<Format>;
+  if (tiles <= 1 || cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaFuncGetAttributes(&attributes, select_kernel<Format, true>) != cudaSuccess)
+    return 1;
+  constexpr int kHopper = 90;  // of the device and of the code: what a driver makes of older code has no clusters
+  if (attributes.ptxVersion < kHopper || attributes.binaryVersion < kHopper) return 1;
+  return std::max<int64_t>(1, std::min({int64_t{kMostBlocks}, tiles, multiprocessors / scores.b}));
+}
+
+template <class Format>
+void launch(const Scores<Format>& scores, const Threshold<Format>& top_p, int64_t k, const Packed& packed,
+            const Padded& padded, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned int>(blocks_of_row(scores));
+  if (blocks == 1) {
+    select_kernel<Format, false>
+        <<<static_cast<unsigned int>(scores.b), kThreads, 0, stream>>>(scores, top_p, k, packed, padded);
+    return;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {blocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned int>(scores.b) * blocks);
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, select_kernel<Format, true>, scores, top_p, k, packed, padded);
 }
 
 }  // namespace
@@ -254,13 +372,13 @@ __global__ void __launch_bounds__(kThreads)
 template <class Format>
 void select_packed(const Scores<Format>& scores, const Threshold<Format>& top_p, int64_t k, const Packed& packed,
                    cudaStream_t stream) {
-  select_kernel<Format><<<static_cast<unsigned int>(scores.b), kThreads, 0, stream>>>(scores, top_p, k, packed, {});
+  launch(scores, top_p, k, packed, {}, stream);
 }
 
 template <class Format>
 void select_padded(const Scores<Format>& scores, const Threshold<Format>& top_p, int64_t k, const Padded& padded,
                    cudaStream_t stream) {
-  select_kernel<Format><<<static_cast<unsigned int>(scores.b), kThreads, 0, stream>>>(scores, top_p, k, {}, padded);
+  launch(scores, top_p, k, {}, padded, stream);
 }
 
 #define INSTANTIATE(Format)                                                                                    \
