@@ -21,7 +21,10 @@
 //   32 heads 128 -> 128, 8192 rows   37 / 42 (32)     64 heads 16 -> 16, 8192 rows    10 / 22 (8)
 //   32 heads 384 -> 128, 8192 rows   67 / 76 (64)     16 heads 192 -> 192, 4096 rows  17 / 19 (12)
 //   32 heads 128 -> 128, 1024 rows  7.3 / 8.0 (4.2)   16 heads 256 -> 256, 1024 rows 8.2 / 8.8 (4.5)
-//   32 heads 128 -> 128, 256 rows   4.5 / 4.4 (1.2)   16 heads 256 -> 256, 512 rows  6.3 / 6.0 (2.5)
+// where every tile has a block of its own, from the start:
+//   32 heads 128 -> 128, 256 rows   3.3 / 4.4 (1.2)   16 heads 256 -> 256, 256 rows  3.7 / 4.7 (1.5)
+//   32 heads 256 -> 256, 1 row      2.7 / 3.9 (1.0)   1 head 512 -> 4096, 64 rows    3.2 / 4.4 (1.1)
+//   128 heads 128 -> 512, 1 row     6.0 / 6.5 (4.0)   128 heads 512 -> 128, 64 rows  8.4 / 9.6 (6.4)
 // with rows gathered by index in flight (cuBLAS would need a copy of the rows first, 128 MiB more to move):
 //   32 heads 128 -> 128, 8192 of 65536 rows           41 (32)
 // What made the difference, in the order in which it was found:
@@ -34,21 +37,27 @@
 //     loads of A cost 1 to 9 %.
 //   - Launching before the kernel ahead has ended (programmatic dependent launch): about half a microsecond.
 //   - Blocks side by side at the same rows, and 128 x 128 where 64 x 128 was: 21 -> 18.4 us at 16 heads of 128.
-//   - One tile of C for both warpgroups, where else A had a tile's worth of stages or less: 228 -> 165 us at 512 ->
-//   128,
-//     4096 rows; 54 -> 31 at 512 -> 512.
+//   - One tile of C for both warpgroups, where else A had a tile's worth of stages or less: 228 -> 165 us at
+//     512 -> 128, 4096 rows; 54 -> 31 at 512 -> 512.
 //   - Two or four narrow heads to a tile: 26 -> 19 us at 32 -> 32.
+//   - One wave of small blocks, evenly dealt: 7.2 us with three blocks on some multiprocessors and one on others,
+//     5.9 with two on each (128 heads of 512 -> 128, 1 row). Reading B alone takes 5.2 to 5.6.
 // In 22 shapes cuBLAS gave the very same bits.
 // Tried and left:
 //   - Padding a product whose sizes are no multiple of 8 for this kernel. Predicted from the copies' bytes: 1.2 to 1.4
 //     times cuBLAS's speed. Found: 0.5 to 0.8; ATen's copies of odd rows run at a third of the memory's rate. Such
 //     sizes cost cuBLAS 2.5 to 3 times the floor (4096 rows, 32 heads of 127 to 128: 58 us, of 128: 27 us, H100).
+//   - Stages of A of 64 rows in tiles of 128, to let go of them sooner: 1 % faster at 512 -> 128, 10 % slower at
+//     512 -> 512.
+//   - Small products: writing C without the copy engine (6.0 -> 6.1 us with 1 row, 9.4 -> 14.8 with 64), or asking for
+//     B in L2 before the kernel ahead has ended (6.0 -> 7.0; where B is small it gains a tenth).
 //   - The fastest of cuBLASLt's first 16 algorithms for what cuBLAS takes: within 1 % of the first one from 64 rows on
 //     and, timed in a warm cache, worse for fewer.
 //   - For 128 -> 512, where 0.83 of the floor is what copying tiles of 64 x 256 reaches: rows of 32 x 512 copy at 0.93,
 //     but wgmma has 64 rows.
 //
-// ptxas 13.0: 168 registers at launch in each of the kernels, no spills; 56 for the gathering threads were too few.
+// ptxas 13.0: 168 registers at launch in the persistent kernels, 58 and 90 in those of one wave, no spills; 56 for the
+// gathering threads were too few.
 #pragma once
 
 #include "gemm_sm90.h"
@@ -56,6 +65,7 @@
 namespace mhmatmul::cuda::tuning {
 
 constexpr int64_t kLongestHead = 512;           // B of longer ones leaves no room for A
+constexpr int64_t kFewestColumns = 40;          // of a tile's 64: cuBLAS is 3 to 14 % faster at 8 to 32 of 128 inputs
 constexpr int kWantedBytesOfA = 48 << 10;       // in shared memory, under way or waiting
 constexpr int64_t kBytesCacheKeeps = 32 << 20;  // of C; L2 has 50 or 60 MiB
 
@@ -81,6 +91,7 @@ inline TileSize tile_size(const HeadGemm& gemm, int multiprocessors) {
 inline bool prefers_sm90(const HeadGemm& gemm, int multiprocessors) {
   if (gemm.k > kLongestHead) return false;
   if (gemm.indices) return true;  // a copy of the rows costs more than what cuBLAS gains
+  if (gemm.n < kFewestColumns) return false;
   // Filling and draining the pipeline is what is seen where there are fewer tiles, the sooner the longer heads are.
   constexpr double kDepthOfTile = 72;
   const double tiles = smallest_tiles(gemm) / multiprocessors;
