@@ -152,6 +152,9 @@ def headwise_linear_in_parallel(mesh):
             shared(input)
         assert sent(mode) == 1
         equal_to_alone(alone, shared, input, input)
+        whole = distribute_tensor(torch.randn(2, 5, 16), mesh, [Replicate()])  # a DTensor stays as it is
+        heads = shared[1](whole)
+        torch.testing.assert_close(heads, alone[1](whole.to_local()).chunk(mesh.size(), -1)[mesh.get_local_rank()])
         compiled = torch.compile(shared, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(input), alone(input))
 

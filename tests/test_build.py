@@ -117,6 +117,12 @@ def test_another_torch_is_refused_in_a_sentence(built, running, expected):
     assert reason is None if expected is None else expected in reason
 
 
+def test_a_missing_library_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(_load, "LIBRARY", tmp_path / "libmhmatmul.so")
+    with pytest.raises(ImportError, match=r"lacks its operators' library .*libmhmatmul\.so: "):
+        _load.load()
+
+
 def test_the_check_comes_before_loading(tmp_path):
     script = tmp_path / "mismatch.py"
     script.write_text(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from mhmatmul_ext import _bench, _check, functional, reference
+from mhmatmul_ext import _C, _bench, _check, functional, reference
 from mhmatmul_ext.__main__ import main
 
 QUICK = ["bench", "--seconds", "0.001", "--shapes", "8x2x4x3", "5x1x7x2"]
@@ -55,6 +59,32 @@ def test_check_takes_nothing_for_nan():
     assert _check._difference(nan, (torch.ones(2).double(),), torch.float32)
 
 
+@pytest.mark.parametrize("got", [torch.ones(3), torch.ones(2).half()])
+def test_check_tells_of_another_shape_or_dtype(got):
+    text = _check._difference((got,), (torch.ones(2).double(),), torch.float32)
+    assert text == f"result 0 is {got.dtype} {list(got.shape)}, expected torch.float32 [2]"
+
+
+def test_info_of_a_library_with_cuda(monkeypatch, capsys):
+    built = _C.build_config() | {"cuda": "13.0", "cuda_architectures": "8.0;9.0a"}
+    monkeypatch.setattr(_C, "build_config", lambda: built)
+    assert main(["info"]) == 0
+    assert "CPU, CUDA 13.0 for architectures 8.0;9.0a" in capsys.readouterr().out
+
+
+def test_as_a_program(tmp_path):
+    """And ended quietly by a pipe that nobody reads any more."""
+    command = [sys.executable, "-m", "mhmatmul_ext", "info"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "CPU capability" in done.stdout
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bench(dtype, tmp_path, capsys):
     numbers, picture = tmp_path / "numbers.json", tmp_path / "picture.png"
@@ -97,6 +127,18 @@ def test_bench_times_nothing_that_is_wrong(monkeypatch, capsys):
 def test_bench_refuses(options, text, capsys):
     assert main(["bench", *options]) == 2
     assert capsys.readouterr().err.startswith(f"python -m mhmatmul_ext bench: error: {text}")
+
+
+def test_bench_refuses_what_the_machine_lacks(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*QUICK, "--device", "cuda"]) == 2
+    assert "--device cuda: no CUDA device, or mhmatmul_ext was built without CUDA" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1 << 30))
+    with pytest.raises(_bench.UserError, match="this machine has 1 GiB"):
+        _bench._check_memory([_bench.Shape(1 << 20, 16, 128, 128)], torch.float32, "cuda")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(_bench.UserError, match=r"--json: numbers\.json cannot be written"):
+        _bench._check_writable("--json", Path("numbers.json"))
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])

@@ -203,6 +203,19 @@ def test_padding_rows_read_nothing(device):
     assert (grad_input[[0, 1, 3]] == 0).all()
 
 
+def test_padding_of_no_rows_has_tangents(device):
+    """There is no row to stand for one that is not there."""
+    input, weight = torch.zeros(0, 2, 3, device=device), torch.randn(2, 3, 4, device=device)
+    indices = torch.full((5,), -1, device=device)
+
+    def function(input, weight):
+        return torch.ops.mhmatmul.gather_head_matmul(input, weight, indices)
+
+    results = torch.func.jvp(function, (input, weight), (input, torch.ones_like(weight)))
+    for result in results:
+        assert torch.equal(result, torch.zeros(5, 2, 4, device=device))
+
+
 @pytest.mark.parametrize("indices", [[0, 6], [-2], [2**40], [-(2**62)]])
 def test_wild_indices(indices, device):
     input, weight = torch.randn(6, 2, 4, device=device), torch.randn(2, 4, 5, device=device)

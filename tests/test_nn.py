@@ -317,6 +317,12 @@ def test_mixture_of_depths_refuses(numbers, error, text):
     assert str(caught.value) == f"MixtureOfDepths: {text}"
 
 
+def test_modules_tell_their_numbers():
+    block = torch.nn.Linear(8, 8)
+    assert MixtureOfDepths(block, 8, capacity=0.5).extra_repr() == "dim=8, capacity=0.5"
+    assert MixtureOfDepths(block, 8, top_p=0.7).extra_repr() == "dim=8, top_p=0.7"
+
+
 def test_modules_refuse_inputs():
     for module in (HeadwiseLinear(8, 12, 4), MixtureOfDepths(nn.Identity(), 8, top_k=1)):
         with pytest.raises(TypeError, match=r": input must be a Tensor, got list$"):
