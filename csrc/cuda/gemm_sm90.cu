@@ -37,7 +37,8 @@ Cut cut(const HeadGemm& gemm, int multiprocessors) {
     return cut;
   }
   if (cut.step == 1 && cut.pieces() > cut.blocks) {
-    // The next piece of B comes while this one is used, as far as A keeps what it wants; with it, of few rows, more.
+    // The next piece of B comes while this one is used, or several where each has but one tile, as far as A keeps what
+    // it wants.
     const int spare = std::max(0, room_for_a() - tuning::kWantedBytesOfA) / Tile::kBBytes;
     const int wanted = cut.m_blocks == 1 ? kMaxStages : 2 * cut.k_blocks;
     cut.b_stages = std::min({kMaxStages, wanted, cut.k_blocks + spare});
