@@ -29,7 +29,6 @@ REASONS = {
     "syscall(SYS_arch_prctl": "AMX, asked for where the CPU has AVX-512",
     'devices.append("cuda")': "a GPU",
     "TORCH_INTERNAL_ASSERT(false": "cannot happen: the checks refuse it before",
-    "TORCH_CHECK_VALUE(t <= kMost": "2^31 kept tokens take more memory than there is",
 }
 
 
