@@ -97,9 +97,10 @@ def test_many_rows(dtype, device):
     assert_same_selection(torch.rand(70_000, 3, device=device).to(dtype), 0.5, 2)
 
 
-def test_many_long_rows(device):
-    """More clusters than a GPU holds at once, which tell each other how many tokens they keep."""
-    assert_same_selection(torch.rand(300, 20_000, device=device), 0.5, 4000)
+@pytest.mark.parametrize("b", [40, 300])
+def test_many_long_rows(b, device):
+    """A GPU has room for several blocks a row at once, or for no more than one."""
+    assert_same_selection(torch.rand(b, 20_000, device=device), 0.5, 4000)
 
 
 def test_few_kept_do_not_hold_on_to_the_memory_for_many(device):
