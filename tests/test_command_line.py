@@ -59,6 +59,17 @@ def test_check_takes_nothing_for_nan():
     assert _check._difference(nan, (torch.ones(2).double(),), torch.float32)
 
 
+def test_check_goes_over_every_device(monkeypatch):
+    """Told that there is a GPU: where there is none, its comparisons fail one by one, and none is left out."""
+    built = _C.build_config() | {"cuda": "13.0"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_C, "build_config", lambda: built)
+    names = [name for name, _ in _check.checks()]
+    on = {device: [name.partition(", ")[2] for name in names if name.startswith(device)] for device in ("cpu", "cuda")}
+    assert on["cpu"] == on["cuda"]
+    assert len(names) == 2 * 16
+
+
 @pytest.mark.parametrize("got", [torch.ones(3), torch.ones(2).half()])
 def test_check_tells_of_another_shape_or_dtype(got):
     text = _check._difference((got,), (torch.ones(2).double(),), torch.float32)

@@ -37,7 +37,7 @@ def test_a_hidden_copy_is_noticed(growth):
     assert result == 1 << 26
     assert peak - result < growth.PAGES
     peak, result = growth.peak(lambda: operand.clone().add(1))
-    assert peak - result > 0.99 * (1 << 26)  # pages are counted by thread, and added up later
+    assert peak - result > 0.99 * (1 << 26)  # the kernel counts pages apart, by thread or CPU, and adds up later
 
 
 def test_exponents(growth):

@@ -17,19 +17,25 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "coverage"
 
-# Files, or lines by a part of their text, that no test of a machine without GPU or with this CPU can reach.
+CPU = Path("/proc/cpuinfo").read_text().split()
+# Files, or lines by a part of their text, that no test of a machine with this CPU can reach.
 REASONS = {
-    "csrc/cpu/gemm_avx512.cpp": "AVX-512, where the CPU lacks it",
-    "csrc/cpu/gemm_avx512.h": "AVX-512, where the CPU lacks it",
-    "csrc/cpu/gemm_amx.cpp": "AMX, where the CPU lacks it",
-    "if (avx512": "AVX-512, where the CPU lacks it",
-    "rest(Size<8>());": "AVX-512, whose blocks alone have more rows than that",
-    "bool has_amx()": "AMX, asked for where the CPU has AVX-512",
-    "if (!__get_cpuid_count(7, 0": "AMX, asked for where the CPU has AVX-512",
-    "syscall(SYS_arch_prctl": "AMX, asked for where the CPU has AVX-512",
-    'devices.append("cuda")': "a GPU",
     "TORCH_INTERNAL_ASSERT(false": "cannot happen: the checks refuse it before",
 }
+if "avx512dq" not in CPU:
+    REASONS |= {
+        "csrc/cpu/gemm_avx512.cpp": "AVX-512, which the CPU lacks",
+        "csrc/cpu/gemm_avx512.h": "AVX-512, which the CPU lacks",
+        "if (avx512": "AVX-512, which the CPU lacks",
+        "rest(Size<8>());": "AVX-512, whose blocks alone have more rows than that",
+        "bool has_amx()": "AMX, asked for where the CPU has AVX-512",
+        "if (!__get_cpuid_count(7, 0": "AMX, asked for where the CPU has AVX-512",
+    }
+if "amx_tile" not in CPU:
+    REASONS |= {
+        "csrc/cpu/gemm_amx.cpp": "AMX, which the CPU lacks",
+        "syscall(SYS_arch_prctl": "AMX, which the CPU lacks",
+    }
 
 
 def run(*command: str, **environment: str) -> int:
