@@ -10,7 +10,7 @@ extern "C" int64_t blocks_of(int heads, int m_blocks, int n_blocks, int multipro
   cut.heads = heads;
   cut.m_blocks = m_blocks;
   cut.n_blocks = n_blocks;
-  share_out(cut, multiprocessors);
+  share_out(cut, multiprocessors, /*tiles_per_piece=*/0.5, /*staying=*/0.9);
   return cut.blocks;
 }
 
@@ -22,7 +22,7 @@ extern "C" int64_t tiles_of(int heads, int m_blocks, int n_blocks, int multiproc
   cut.heads = heads;
   cut.m_blocks = m_blocks;
   cut.n_blocks = n_blocks;
-  share_out(cut, multiprocessors);
+  share_out(cut, multiprocessors, /*tiles_per_piece=*/0.5, /*staying=*/0.9);
   int64_t count = 0;
   for (Walk walk(cut, given, block); !walk.at_end() && count < capacity; walk.next(), ++count) {
     int64_t* const tile = tiles + 5 * count;

@@ -21,7 +21,7 @@ Cut cut(const HeadGemm& gemm, int multiprocessors) {
   cut.n_blocks = blocks(gemm.n, Tile::kN);
   cut.k_blocks = blocks(gemm.k, kDepth);
   cut.heads = static_cast<int>(gemm.batch);
-  share_out(cut, multiprocessors);
+  share_out(cut, multiprocessors, tuning::kTilesPerPiece, tuning::kStaying);
 
   // B stays where A keeps two stages; the warpgroups share a tile of C where A would else have less than it wants.
   constexpr int kBytes = kSharedBytes - kFixedBytes;

@@ -14,10 +14,10 @@
 // Measured on that H200; ours with the tile that is chosen / cuBLAS 13.0 in microseconds (floor: the bytes at 4.25 TB/s
 // or FLOP at 794 TFLOP/s):
 //   heads of 128 -> 512, 1024 rows   53 / 58 (43)     heads of 512 -> 128, 1024 rows  48 / 52 (43)
-//   heads of 128 -> 512, 4096 rows  195 / 231 (162)   heads of 512 -> 128, 4096 rows 165 / 188 (162)
+//   heads of 128 -> 512, 4096 rows  195 / 231 (162)   heads of 512 -> 128, 4096 rows 166 / 189 (162)
 //   16 heads 256 -> 256, 4096 rows   21 / 25 (16)     4 heads 512 -> 512, 8192 rows   31 / 31 (22)
 //   12 heads 64 -> 64, 12608 rows    12 / 14 (9)      16 heads 512 -> 512, 8192 rows 115 / 109 (87)
-//   64 heads 64 -> 64, 8192 rows     38 / 42 (32)     32 heads 32 -> 32, 16384 rows   19 / 26 (16)
+//   64 heads 64 -> 64, 8192 rows     38 / 42 (32)     32 heads 32 -> 32, 16384 rows   19 / 25 (16)
 //   32 heads 128 -> 128, 8192 rows   37 / 42 (32)     64 heads 16 -> 16, 8192 rows    10 / 22 (8)
 //   32 heads 384 -> 128, 8192 rows   67 / 76 (64)     16 heads 192 -> 192, 4096 rows  17 / 19 (12)
 //   32 heads 128 -> 128, 1024 rows  7.3 / 8.0 (4.2)   16 heads 256 -> 256, 1024 rows 8.2 / 8.8 (4.5)
@@ -68,6 +68,9 @@ constexpr int64_t kLongestHead = 512;           // B of longer ones leaves no ro
 constexpr int64_t kFewestColumns = 40;          // of a tile's 64: cuBLAS is 3 to 14 % faster at 8 to 32 of 128 inputs
 constexpr int kWantedBytesOfA = 48 << 10;       // in shared memory, under way or waiting
 constexpr int64_t kBytesCacheKeeps = 32 << 20;  // of C; L2 has 50 or 60 MiB
+
+// For share_out: chosen by hand, not by measuring.
+constexpr double kTilesPerPiece = 0.5, kStaying = 0.9;
 
 struct TileSize {
   int m, n;  // 128 x 64, 64 x 128, 128 x 128 or 64 x 256

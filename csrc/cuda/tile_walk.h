@@ -23,11 +23,10 @@ struct Cut {
 
 // What is read and written at one time shall lie together in memory: blocks side by side are at the same rows, in
 // neighbouring heads, and all of them go down the rows side by side. A block that stays with its piece of B brings it
-// once; where pieces are too many for that, or so few do not divide the multiprocessors, groups are runs of rows, as
-// long as it takes to share them out evenly.
-inline void share_out(Cut& cut, int multiprocessors) {
-  constexpr double kTilesPerPiece = 0.5;  // what bringing another piece of B costs
-  constexpr double kWorthStaying = 0.9;
+// once. Where there are more pieces than multiprocessors, or too many of these would have none, groups are runs of
+// rows, of the length that shares them out most evenly. Bringing another piece costs as much as `tiles_per_piece`;
+// staying is worth it if it takes no longer than runs, `staying` times its own tiles counted.
+inline void share_out(Cut& cut, int multiprocessors, double tiles_per_piece, double staying) {
   const int64_t pieces = cut.pieces();
   const auto share = [](int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; };
   double least = 0;
@@ -35,7 +34,7 @@ inline void share_out(Cut& cut, int multiprocessors) {
   for (int runs = 1; runs <= std::min(kMostRuns, cut.m_blocks); ++runs) {
     const int64_t run = share(cut.m_blocks, runs);
     const double cost = static_cast<double>(share(pieces * share(cut.m_blocks, run), multiprocessors)) *
-                        (static_cast<double>(run) + kTilesPerPiece);
+                        (static_cast<double>(run) + tiles_per_piece);
     if (runs > 1 && cost >= least) continue;
     least = cost;
     cut.run = static_cast<int>(run);
@@ -44,7 +43,7 @@ inline void share_out(Cut& cut, int multiprocessors) {
   cut.blocks = static_cast<int>(std::min<int64_t>(pieces * share(cut.m_blocks, cut.run), multiprocessors));
 
   const auto teams = static_cast<int>(std::min<int64_t>(multiprocessors / pieces, cut.m_blocks));
-  if (teams > 1 && kWorthStaying * static_cast<double>(share(cut.m_blocks, teams)) <= least) {
+  if (teams > 1 && staying * static_cast<double>(share(cut.m_blocks, teams)) <= least) {
     cut.step = teams;
     cut.run = 1;
     cut.blocks = static_cast<int>(teams * pieces);
