@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(kThreads)
 
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();  // what waits for this selection may come up meanwhile: gemm_sm90.cuh does
+  cudaGridDependencySynchronize();
 #endif
   const int rank = Row::rank(), blocks = Row::size();
   if (clustered) Row::sync();  // all have come, so that their shared memory may be written
@@ -329,42 +330,48 @@ __global__ void __launch_bounds__(kThreads)
       out[place] = -1;
 }
 
+// Whether device and code are Hopper's or later: what a driver makes of older code has neither clusters nor launches
+// that begin before the kernel ahead has ended.
+template <class Format>
+bool is_hopper() {
+  constexpr int kHopper = 90;
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, select_kernel<Format, true>) == cudaSuccess &&
+         attributes.ptxVersion >= kHopper && attributes.binaryVersion >= kHopper;
+}
+
 // How many blocks share a row: as many as the row has tiles and a cluster has blocks, while all rows find room at once.
 // Clusters that wait for one another are slower than blocks alone (H200, 32768 float32 scores, 4 blocks and 1: 64 rows
 // 42 and 32 us, 8 rows 16 and 27 us; of 131072, 8 rows 29 and 109 us).
 template <class Format>
 int64_t blocks_of_row(const Scores<Format>& scores) {
   int device = 0, multiprocessors = 0;
-  cudaFuncAttributes attributes{};
   const int64_t tiles = (scores.s + kTile<Format> - 1) / kTile<Format>;
   if (tiles <= 1 || cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-      cudaFuncGetAttributes(&attributes, select_kernel<Format, true>) != cudaSuccess)
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
     return 1;
-  constexpr int kHopper = 90;  // of the device and of the code: what a driver makes of older code has no clusters
-  if (attributes.ptxVersion < kHopper || attributes.binaryVersion < kHopper) return 1;
   return std::max<int64_t>(1, std::min({int64_t{kMostBlocks}, tiles, multiprocessors / scores.b}));
 }
 
+// On Hopper the launch may begin before the kernel ahead has ended: 10.8 -> 10.3 us for 8 rows of 8192 (H200).
 template <class Format>
 void launch(const Scores<Format>& scores, const Threshold<Format>& top_p, int64_t k, const Packed& packed,
             const Padded& padded, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned int>(blocks_of_row(scores));
-  if (blocks == 1) {
-    select_kernel<Format, false>
-        <<<static_cast<unsigned int>(scores.b), kThreads, 0, stream>>>(scores, top_p, k, packed, padded);
-    return;
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {blocks, 1, 1};
+  const bool is_early = is_hopper<Format>();
+  const auto blocks = is_early ? static_cast<unsigned int>(blocks_of_row(scores)) : 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {blocks, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned int>(scores.b) * blocks);
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, select_kernel<Format, true>, scores, top_p, k, packed, padded);
+  config.attrs = attributes;
+  config.numAttrs = blocks > 1 ? 2 : is_early ? 1 : 0;
+  cudaLaunchKernelEx(&config, blocks > 1 ? select_kernel<Format, true> : select_kernel<Format, false>, scores, top_p, k,
+                     packed, padded);
 }
 
 }  // namespace
