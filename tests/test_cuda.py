@@ -15,7 +15,8 @@ pytestmark = pytest.mark.gpu
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 # rows, nh, hd, e: large enough for the persistent kernel's dense form, one of each tile and of what does not divide;
-# blocks that stay with their head and runs of rows; heads packed by two and by four; one tile of C for both warpgroups
+# blocks that stay with their head and runs of rows; heads packed by two and by four; one tile of C for both warpgroups;
+# a head's weight in registers
 DENSE = [
     (12608, 12, 64, 64),
     (8192, 16, 128, 128),
@@ -30,6 +31,19 @@ DENSE = [
     (2048, 32, 512, 128),
     (2100, 24, 384, 136),
     (8192, 4, 512, 512),
+    (1000, 100, 104, 456),
+    (4001, 7, 128, 512),
+]
+# rows, heads or columns that do not lie at multiples of 16 bytes, which the copy engine cannot take
+UNALIGNED = [
+    (4096, 32, 127, 128),
+    (4096, 32, 128, 127),
+    (3001, 8, 100, 100),
+    (2003, 12, 65, 65),
+    (3003, 5, 67, 131),
+    (1, 1, 300, 65),
+    (5001, 3, 33, 1),
+    (130, 31, 1, 129),
 ]
 # so small that every tile has a block of its own: of 64 columns, of 128
 ONE_WAVE = [
@@ -53,6 +67,9 @@ GATHERED = [
     (2000, 2000, 32, 128, 128),
     (3000, 2000, 32, 32, 32),
     (300, 700, 8, 16, 16),
+    (700, 512, 3, 65, 67),
+    (64, 4096, 7, 128, 129),
+    (3000, 1000, 5, 262, 136),
 ]
 
 
@@ -64,8 +81,8 @@ def some_indices(rows: int, t: int) -> torch.Tensor:
     return indices
 
 
-@pytest.mark.parametrize("size", DENSE + ONE_WAVE, ids=str)
-@pytest.mark.parametrize("layout", ["plain", "transposed", "strided"])
+@pytest.mark.parametrize("size", DENSE + UNALIGNED + ONE_WAVE, ids=str)
+@pytest.mark.parametrize("layout", ["plain", "transposed", "strided", "shifted"])
 @halves
 def test_dense(size, layout, dtype):
     m, nh, hd, e = size
@@ -77,9 +94,30 @@ def test_dense(size, layout, dtype):
     elif layout == "strided":
         input = torch.randn(m, nh, hd + 24, device="cuda", dtype=dtype)[..., 8 : hd + 8]
         weight = torch.randn(nh, hd, e + 16, device="cuda", dtype=dtype)[..., :e]
+    elif layout == "shifted":
+        input = torch.randn(m * nh * hd + 3, device="cuda", dtype=dtype)[3:].view(m, nh, hd)
+        weight = torch.randn(nh * hd * e + 1, device="cuda", dtype=dtype)[1:].view(nh, hd, e)
     output = ops.head_matmul(input, weight, bias)
     exact = torch.einsum("mnd,nde->mne", input.double(), weight.double()) + bias.double()
     assert_as_exact(output, torch.einsum("mnd,nde->mne", input, weight) + bias, exact)
+
+
+@pytest.mark.parametrize("size", DENSE[:5] + DENSE[-2:] + UNALIGNED, ids=str)
+@halves
+def test_nothing_beside_the_result_is_written(size, dtype):
+    """Into rows and heads with room between them, aligned or not: what lies there stays as it is."""
+    m, nh, hd, e = size
+    input = torch.randn(m, nh, hd, device="cuda", dtype=dtype)
+    weight = torch.randn(nh, hd, e, device="cuda", dtype=dtype)
+    plain = torch.einsum("mnd,nde->mne", input, weight)
+    exact = torch.einsum("mnd,nde->mne", input.double(), weight.double())
+    for before, behind in ((1, 0), (0, 3), (5, 6), (8, 8)):
+        whole = torch.full((m + 2, nh, before + e + behind), 7, device="cuda", dtype=dtype)
+        out = whole[1:-1, :, before : before + e]
+        ops._head_matmul_out(input, weight, None, out)
+        assert_as_exact(out, plain, exact)
+        out.fill_(7)
+        assert (whole == 7).all(), f"{before} before, {behind} behind"
 
 
 @pytest.mark.parametrize("size", GATHERED, ids=str)
@@ -126,14 +164,16 @@ def test_which_kernel_is_taken(dtype):
     assert not any("copy_rows" in name for name in gathered), "the rows were copied"
     assert any("head_gemm" in name for name in kernels_of(lambda: ops.head_matmul(input, weight)))
     assert any("one_wave" in name for name in kernels_of(lambda: ops.head_matmul(input[:100], weight)))
+    wide = torch.randn(16, 128, 512, device="cuda", dtype=dtype)
+    assert any("held" in name for name in kernels_of(lambda: ops.head_matmul(input, wide)))
     odd = weight[..., 1:]  # not aligned as the copy engine wants it
     assert not any("head_gemm" in name for name in kernels_of(lambda: ops.head_matmul(input, odd)))
 
 
-@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize("width", [16, 32, 64, 65, 100, 127])
 @halves
 def test_heads_do_not_meet(width, dtype):
-    """Heads packed into one tile: what is not finite in one stays there."""
+    """Heads packed into one tile, or not at multiples of 16 bytes: what is not finite in one stays there."""
     input = torch.randn(12800, 32, width, device="cuda", dtype=dtype)
     weight = torch.randn(32, width, width, device="cuda", dtype=dtype)
     expected = ops.head_matmul(input, weight)

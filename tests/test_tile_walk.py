@@ -22,7 +22,7 @@ def library(tmp_path_factory):
     command = [compiler, "-std=c++17", "-shared", "-fPIC", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     subprocess.run([*command, "-I", ROOT / "csrc", source, "-o", target], check=True)
     library = ctypes.CDLL(str(target))
-    library.blocks_of.restype = library.tiles_of.restype = ctypes.c_int64
+    library.blocks_of.restype = library.groups_of.restype = library.tiles_of.restype = ctypes.c_int64
     return library
 
 
@@ -51,9 +51,10 @@ def test_walk(library, heads, m_blocks, n_blocks, multiprocessors, left_out):
     given = max(0, m_blocks - left_out)  # what the device finds, of the most that the host expects
     blocks = library.blocks_of(*cut)
     assert 1 <= blocks <= max(multiprocessors, 1)
-    seen = []
+    seen, groups = [], 0
     for block in range(blocks):
         tiles = tiles_of(library, cut, given, block)
+        groups += sum(tile[3] for tile in tiles)
         seen += [tile[:3] for tile in tiles]
         for _, same in groupby(tiles, key=lambda tile: tile[:2]):
             group = list(same)
@@ -64,6 +65,8 @@ def test_walk(library, heads, m_blocks, n_blocks, multiprocessors, left_out):
             assert [tile[3] for tile in group] == [1] + [0] * (len(group) - 1), "one first"
             assert [tile[4] for tile in group] == list(range(len(group)))[::-1], "left in the group"
     assert sorted(seen) == sorted(product(range(n_blocks), range(heads), range(given))), "every tile once"
+    assert groups <= library.groups_of(*cut)
+    assert groups == library.groups_of(*cut) or given < m_blocks
 
 
 @settings(max_examples=200, deadline=None)

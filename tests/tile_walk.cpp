@@ -4,25 +4,32 @@
 
 using namespace mhmatmul::cuda::sm90;
 
-// How many blocks there are.
-extern "C" int64_t blocks_of(int heads, int m_blocks, int n_blocks, int multiprocessors) {
+namespace {
+Cut shared_out(int heads, int m_blocks, int n_blocks, int multiprocessors) {
   Cut cut{};
   cut.heads = heads;
   cut.m_blocks = m_blocks;
   cut.n_blocks = n_blocks;
   share_out(cut, multiprocessors, /*tiles_per_piece=*/0.5, /*staying=*/0.9);
-  return cut.blocks;
+  return cut;
+}
+}  // namespace
+
+// How many blocks there are.
+extern "C" int64_t blocks_of(int heads, int m_blocks, int n_blocks, int multiprocessors) {
+  return shared_out(heads, m_blocks, n_blocks, multiprocessors).blocks;
+}
+
+// How many groups of tiles these have.
+extern "C" int64_t groups_of(int heads, int m_blocks, int n_blocks, int multiprocessors) {
+  return shared_out(heads, m_blocks, n_blocks, multiprocessors).groups();
 }
 
 // Of a walk over the first `given` blocks of rows, writes at most `capacity` tiles as (n_block, head, m_block, is first
 // of its group, left in its group); how many.
 extern "C" int64_t tiles_of(int heads, int m_blocks, int n_blocks, int multiprocessors, int given, int block,
                             int64_t capacity, int64_t* tiles) {
-  Cut cut{};
-  cut.heads = heads;
-  cut.m_blocks = m_blocks;
-  cut.n_blocks = n_blocks;
-  share_out(cut, multiprocessors, /*tiles_per_piece=*/0.5, /*staying=*/0.9);
+  const Cut cut = shared_out(heads, m_blocks, n_blocks, multiprocessors);
   int64_t count = 0;
   for (Walk walk(cut, given, block); !walk.at_end() && count < capacity; walk.next(), ++count) {
     int64_t* const tile = tiles + 5 * count;

@@ -2,6 +2,7 @@
 
 #include "gemm_sm90.cuh"
 #include "gemm_sm90_tuning.h"
+#include "held_sm90.cuh"
 #include "one_wave_sm90.cuh"
 #include "sm90_host.h"
 
@@ -14,7 +15,7 @@ namespace {
 using namespace sm90;
 
 template <class Tile>
-Cut cut(const HeadGemm& gemm, int multiprocessors) {
+Cut tiles_of(const HeadGemm& gemm, int multiprocessors) {
   const auto blocks = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
   Cut cut{};
   cut.m_blocks = blocks(gemm.m, Tile::kM);
@@ -22,7 +23,12 @@ Cut cut(const HeadGemm& gemm, int multiprocessors) {
   cut.k_blocks = blocks(gemm.k, kDepth);
   cut.heads = static_cast<int>(gemm.batch);
   share_out(cut, multiprocessors, tuning::kTilesPerPiece, tuning::kStaying);
+  return cut;
+}
 
+template <class Tile>
+Cut cut(const HeadGemm& gemm, int multiprocessors) {
+  Cut cut = tiles_of<Tile>(gemm, multiprocessors);
   // B stays where A keeps two stages; the warpgroups share a tile of C where A would else have less than it wants.
   constexpr int kBytes = kSharedBytes - kFixedBytes;
   const auto room_for_a = [&] { return kBytes - cut.c_tiles * Tile::kCBytes - cut.b_stages * Tile::kBBytes; };
@@ -68,10 +74,10 @@ Params params_of(const HeadGemm& gemm, const Cut& cut, int rows) {
     params.a = tensor_map(gemm.a, {gemm.k, gemm.batch, gemm.m, gemm.a_batch_stride, gemm.a_stride, kDepth, 1, rows},
                           gemm.is_bfloat16);
   params.b = tensor_map(gemm.b.data,
-                        Tile::kTransposed
-                            ? Layout{gemm.k, gemm.n, gemm.batch, gemm.b.ld, gemm.b.batch_stride, kDepth, Tile::kN, 1}
-                            : Layout{gemm.n / Tile::kHeads, gemm.k, gemm.batch, gemm.b.ld, gemm.b.batch_stride,
-                                     std::min(kDepth, Tile::kHeadN), kDepth, 1},
+                        Tile::kTransposed ? Layout{gemm.k, gemm.n, gemm.batch, gemm.b.ld, gemm.b.batch_stride, kDepth,
+                                                   Tile::kBoxRowsOfB, 1}
+                                          : Layout{gemm.n / Tile::kHeads, gemm.k, gemm.batch, gemm.b.ld,
+                                                   gemm.b.batch_stride, std::min(kDepth, Tile::kHeadN), kDepth, 1},
                         gemm.is_bfloat16);
   params.c = tensor_map(gemm.c, {gemm.n, gemm.batch, gemm.m, gemm.c_batch_stride, gemm.c_stride, kDepth, 1, Tile::kM},
                         gemm.is_bfloat16);
@@ -140,6 +146,19 @@ bool launch_one_wave(const HeadGemm& gemm, cudaStream_t stream) {
   return true;
 }
 
+// Where it is preferred and each block has one group of tiles.
+template <class Tile>
+bool launch_held(const HeadGemm& gemm, cudaStream_t stream) {
+  if (!tuning::prefers_held(gemm)) return false;
+  const Cut cut = tiles_of<Tile>(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  if (cut.groups() != cut.blocks) return false;
+  check(cudaFuncSetAttribute(held_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "cudaFuncSetAttribute");
+  sm90::launch(held_kernel<Tile>, dim3(cut.blocks), Tile::kThreads, Tile::kBytes, /*cluster=*/1, stream,
+               params_of<Tile>(gemm, cut, Tile::kM));
+  return true;
+}
+
 template <class Element, bool transposed>
 bool launch_one_wave(const HeadGemm& gemm, cudaStream_t stream) {
   return launch_one_wave<Narrow<Element, transposed>>(gemm, stream) ||
@@ -184,10 +203,14 @@ void launch_tile(const HeadGemm& gemm, cudaStream_t stream) {
   return launch<Tile<Element, m, n, false, false>>(gemm, stream);
 }
 
+template <class Element, bool transposed>
+bool launch_special(const HeadGemm& gemm, cudaStream_t stream) {
+  return launch_one_wave<Element, transposed>(gemm, stream) || launch_held<HeldTile<Element, transposed>>(gemm, stream);
+}
+
 template <class Element>
 void launch_element(const HeadGemm& whole, cudaStream_t stream) {
-  if (whole.b.transposed ? launch_one_wave<Element, true>(whole, stream)
-                         : launch_one_wave<Element, false>(whole, stream))
+  if (whole.b.transposed ? launch_special<Element, true>(whole, stream) : launch_special<Element, false>(whole, stream))
     return;
   const int heads = heads_of_tile(whole);
   const HeadGemm gemm = packed(whole);

@@ -32,6 +32,7 @@ template <class Element_, int m, int n, bool gathers, bool b_is_transposed, int 
 struct Tile {
   using Element = Element_;
   static constexpr int kM = m, kN = n;
+  static constexpr int kBoxRowsOfB = n;                                              // when transposed
   static constexpr int kHeads = heads, kHeadN = n / heads, kHeadK = kDepth / heads;  // packed side by side
   static constexpr bool kGathers = gathers, kTransposed = b_is_transposed;
   static_assert(heads == 1 || (n == kDepth && !b_is_transposed));

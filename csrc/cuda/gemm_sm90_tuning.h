@@ -12,9 +12,9 @@
 // So blocks go down the rows side by side (tile_walk.h). Predicted from it: 1.06 to 1.1 times the speed before.
 //
 // Measured on that H200; ours with the tile that is chosen / cuBLAS 13.0 in microseconds (floor: the bytes at 4.25 TB/s
-// or FLOP at 794 TFLOP/s):
-//   heads of 128 -> 512, 1024 rows   53 / 58 (43)     heads of 512 -> 128, 1024 rows  48 / 52 (43)
-//   heads of 128 -> 512, 4096 rows  195 / 231 (162)   heads of 512 -> 128, 4096 rows 166 / 189 (162)
+// or FLOP at 794 TFLOP/s; 128 -> 512 in another run, at 4.15 and 766):
+//   heads of 128 -> 512, 1024 rows   51 / 59 (44)     heads of 512 -> 128, 1024 rows  48 / 52 (43)
+//   heads of 128 -> 512, 4096 rows  193 / 232 (166)   heads of 512 -> 128, 4096 rows 166 / 189 (162)
 //   16 heads 256 -> 256, 4096 rows   21 / 25 (16)     4 heads 512 -> 512, 8192 rows   31 / 31 (22)
 //   12 heads 64 -> 64, 12608 rows    12 / 14 (9)      16 heads 512 -> 512, 8192 rows 115 / 109 (87)
 //   64 heads 64 -> 64, 8192 rows     38 / 42 (32)     32 heads 32 -> 32, 16384 rows   19 / 25 (16)
@@ -40,6 +40,10 @@
 //   - One tile of C for both warpgroups, where else A had a tile's worth of stages or less: 228 -> 165 us at
 //     512 -> 128, 4096 rows; 54 -> 31 at 512 -> 512.
 //   - Two or four narrow heads to a tile: 26 -> 19 us at 32 -> 32.
+//   - Tiles of 32 rows, by all of 512 columns, made transposed from a B that stays in registers: predicted from copying
+//     such tiles, at 0.93 of the floor, 54 -> 48 us at 128 -> 512, 1024 rows, and 195 -> 176 at 4096. Found: 50.6 and
+//     193.5. With each warpgroup waiting for its sums before it multiplies on, 53 and 193; storing its columns for
+//     itself, 56 and 202.
 //   - One wave of small blocks, evenly dealt: 7.2 us with three blocks on some multiprocessors and one on others,
 //     5.9 with two on each (128 heads of 512 -> 128, 1 row). Reading B alone takes 5.2 to 5.6.
 // In 22 shapes cuBLAS gave the very same bits.
@@ -53,11 +57,24 @@
 //     B in L2 before the kernel ahead has ended (6.0 -> 7.0; where B is small it gains a tenth).
 //   - The fastest of cuBLASLt's first 16 algorithms for what cuBLAS takes: within 1 % of the first one from 64 rows on
 //     and, timed in a warm cache, worse for fewer.
-//   - For 128 -> 512, where 0.83 of the floor is what copying tiles of 64 x 256 reaches: rows of 32 x 512 copy at 0.93,
-//     but wgmma has 64 rows.
+//   - For 128 -> 512 with tiles of 64 x 256, which reach 0.83 of the floor: two blocks side by side in a cluster that
+//     bring A for one another, or boxes of 32 and 16 rows: 0 to 1 %. The same cluster at 256 -> 256 and 512 -> 512:
+//     nothing.
+//   - Tiles of 32 rows by all columns at 256 -> 256: 0 to 4 % slower at 4096 and 8192 rows, 4 % faster at 16384. Of 16
+//     rows: 20 to 40 % slower everywhere.
+//   - Rows of C stored one by one, a kilobyte each: 194 -> 238 us at 128 -> 512, 4096 rows. Boxes of 16 rows instead of
+//     32: 211, of 8: 324, since one thread hands over all of them.
+//   - Rows gathered by the copy engine, a box for each: as fast as cp.async at best (41.1 to 41.5 us, 40.5 to 41.1),
+//     and half as fast with a branch around it.
+//   - Rows that are no multiples of 16 bytes as boxes that begin anywhere in longer rows: the copy engine wants the
+//     address at which a box begins to be such a multiple, too.
+//   - The same rows through registers: A by words of two elements, funnel-shifted where they are odd, C alike.
+//     Predicted: 1.6 times cuBLAS's speed. Found at 4096 rows, 32 heads of 127 -> 128: 166 us (cuBLAS 54), of 126: 76
+//     (42), of 128 -> 127: 47 (55), with loads behind branches, which wait for one another. Element by element, every
+//     load of a stage on its way at once, was written and has not run.
 //
-// ptxas 13.0: 168 registers at launch in the persistent kernels, 58 and 90 in those of one wave, no spills; 56 for the
-// gathering threads were too few.
+// ptxas 13.0: 168 registers at launch in the persistent kernels, 122 where they hold B, 58 and 90 in those of one wave,
+// no spills; 56 for the gathering threads were too few.
 #pragma once
 
 #include "gemm_sm90.h"
@@ -89,6 +106,11 @@ inline TileSize tile_size(const HeadGemm& gemm, int multiprocessors) {
   if (tiles < kFew) return {64, 128};
   if (gemm.n > 128 && gemm.k <= 256 && tiles >= kMany && !gemm.indices) return {64, 256};
   return {128, 128};
+}
+
+// Whether a block shall hold a head's B in registers (held_sm90.cuh).
+inline bool prefers_held(const HeadGemm& gemm) {
+  return !gemm.indices && gemm.k > 64 && gemm.k <= 128 && gemm.n > 384 && gemm.n <= 512;
 }
 
 inline bool prefers_sm90(const HeadGemm& gemm, int multiprocessors) {

@@ -19,6 +19,7 @@ struct Cut {
   bool b_stays;
 
   MHMATMUL_HOST_DEVICE int64_t pieces() const { return int64_t{heads} * n_blocks; }
+  int64_t groups() const { return pieces() * (step > 1 ? std::min(step, m_blocks) : (m_blocks + run - 1) / run); }
 };
 
 // What is read and written at one time shall lie together in memory: blocks side by side are at the same rows, in
