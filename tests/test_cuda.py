@@ -56,6 +56,15 @@ ONE_WAVE = [
     (65, 2, 40, 24),
     (300, 4, 512, 512),
 ]
+# as small as each kernel is still taken for, for tools that make it a hundred times slower: one wave, persistent, the
+# weight in registers, packed heads, one tile of C for both warpgroups
+SMALL = [
+    (64, 16, 128, 128),
+    (600, 120, 128, 128),
+    (200, 128, 128, 512),
+    (1500, 64, 32, 32),
+    (2000, 30, 512, 128),
+]
 # rows to gather from, rows gathered, nh, hd, e: every number of blocks of k, tiles in part, one row, one head
 GATHERED = [
     (700, 512, 3, 64, 64),
@@ -81,6 +90,12 @@ def some_indices(rows: int, t: int) -> torch.Tensor:
     return indices
 
 
+def check_product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    output = ops.head_matmul(input, weight, bias)
+    exact = torch.einsum("mnd,nde->mne", input.double(), weight.double()) + bias.double()
+    assert_as_exact(output, torch.einsum("mnd,nde->mne", input, weight) + bias, exact)
+
+
 @pytest.mark.parametrize("size", DENSE + UNALIGNED + ONE_WAVE, ids=str)
 @pytest.mark.parametrize("layout", ["plain", "transposed", "strided", "shifted"])
 @halves
@@ -97,9 +112,20 @@ def test_dense(size, layout, dtype):
     elif layout == "shifted":
         input = torch.randn(m * nh * hd + 3, device="cuda", dtype=dtype)[3:].view(m, nh, hd)
         weight = torch.randn(nh * hd * e + 1, device="cuda", dtype=dtype)[1:].view(nh, hd, e)
-    output = ops.head_matmul(input, weight, bias)
-    exact = torch.einsum("mnd,nde->mne", input.double(), weight.double()) + bias.double()
-    assert_as_exact(output, torch.einsum("mnd,nde->mne", input, weight) + bias, exact)
+    check_product(input, weight, bias)
+
+
+@pytest.mark.parametrize("size", SMALL, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@halves
+def test_a_little_of_each_kernel(size, transposed, dtype):
+    """Runs under compute-sanitizer, too (sanitize_gpu.py)."""
+    m, nh, hd, e = size
+    input = torch.randn(m, nh, hd, device="cuda", dtype=dtype)
+    weight = torch.randn(nh, hd, e, device="cuda", dtype=dtype)
+    if transposed:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    check_product(input, weight, torch.randn(nh, e, device="cuda", dtype=dtype))
 
 
 @pytest.mark.parametrize("size", DENSE[:5] + DENSE[-2:] + UNALIGNED, ids=str)
@@ -166,6 +192,9 @@ def test_which_kernel_is_taken(dtype):
     assert any("one_wave" in name for name in kernels_of(lambda: ops.head_matmul(input[:100], weight)))
     wide = torch.randn(16, 128, 512, device="cuda", dtype=dtype)
     assert any("held" in name for name in kernels_of(lambda: ops.head_matmul(input, wide)))
+    for (m, nh, hd, e), own in zip(SMALL, ("one_wave", "head_gemm", "held", "head_gemm", "head_gemm"), strict=True):
+        small = [torch.randn(*sizes, device="cuda", dtype=dtype) for sizes in ((m, nh, hd), (nh, hd, e))]
+        assert any(own in name for name in kernels_of(lambda small=small: ops.head_matmul(*small))), (m, nh, hd, e)
     odd = weight[..., 1:]  # not aligned as the copy engine wants it
     assert not any("head_gemm" in name for name in kernels_of(lambda: ops.head_matmul(input, odd)))
 
