@@ -204,13 +204,14 @@ void launch_tile(const HeadGemm& gemm, cudaStream_t stream) {
 }
 
 template <class Element, bool transposed>
-bool launch_special(const HeadGemm& gemm, cudaStream_t stream) {
+bool launch_one_wave_or_held(const HeadGemm& gemm, cudaStream_t stream) {
   return launch_one_wave<Element, transposed>(gemm, stream) || launch_held<HeldTile<Element, transposed>>(gemm, stream);
 }
 
 template <class Element>
 void launch_element(const HeadGemm& whole, cudaStream_t stream) {
-  if (whole.b.transposed ? launch_special<Element, true>(whole, stream) : launch_special<Element, false>(whole, stream))
+  if (whole.b.transposed ? launch_one_wave_or_held<Element, true>(whole, stream)
+                         : launch_one_wave_or_held<Element, false>(whole, stream))
     return;
   const int heads = heads_of_tile(whole);
   const HeadGemm gemm = packed(whole);

@@ -32,10 +32,10 @@ template <class Element_, int m, int n, bool gathers, bool b_is_transposed, int 
 struct Tile {
   using Element = Element_;
   static constexpr int kM = m, kN = n;
-  static constexpr int kBoxRowsOfB = n;                                              // when transposed
   static constexpr int kHeads = heads, kHeadN = n / heads, kHeadK = kDepth / heads;  // packed side by side
   static constexpr bool kGathers = gathers, kTransposed = b_is_transposed;
   static_assert(heads == 1 || (n == kDepth && !b_is_transposed));
+  static constexpr int kBoxRowsOfB = n;  // when transposed
   static constexpr int kABytes = m * kRowBytes, kBBytes = kHeadN * kRowBytes, kCBytes = m * n * 2;
   static constexpr int kPanels = (n + kDepth - 1) / kDepth;  // of C and of B: 64 columns each
 };

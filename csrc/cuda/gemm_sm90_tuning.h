@@ -70,8 +70,8 @@
 //     address at which a box begins to be such a multiple, too.
 //   - The same rows through registers: A by words of two elements, funnel-shifted where they are odd, C alike.
 //     Predicted: 1.6 times cuBLAS's speed. Found at 4096 rows, 32 heads of 127 -> 128: 166 us (cuBLAS 54), of 126: 76
-//     (42), of 128 -> 127: 47 (55), with loads behind branches, which wait for one another. Element by element, every
-//     load of a stage on its way at once, was written and has not run.
+//     (42), of 128 -> 127: 47 (55), with loads behind branches, which wait for one another. Not tried: element by
+//     element, every load of a stage on its way at once.
 //
 // ptxas 13.0: 168 registers at launch in the persistent kernels, 122 where they hold B, 58 and 90 in those of one wave,
 // no spills; 56 for the gathering threads were too few.
@@ -108,7 +108,8 @@ inline TileSize tile_size(const HeadGemm& gemm, int multiprocessors) {
   return {128, 128};
 }
 
-// Whether a block shall hold a head's B in registers (held_sm90.cuh).
+// Whether a block shall hold a head's B in registers (held_sm90.cuh). Measured at 128 -> 512; how much less it may be
+// was chosen by hand: so much that no more than half of k and a quarter of n are for nothing.
 inline bool prefers_held(const HeadGemm& gemm) {
   return !gemm.indices && gemm.k > 64 && gemm.k <= 128 && gemm.n > 384 && gemm.n <= 512;
 }

@@ -15,6 +15,7 @@
 //    the rule's in the tiles before. One block-wide exclusive sum of both, packed in one word, gives every kept score
 //    its place, and the first ties win.
 #include "select.h"
+#include "sm90_host.h"
 
 #include <cooperative_groups.h>
 #include <cub/block/block_reduce.cuh>
@@ -357,21 +358,14 @@ int64_t blocks_of_row(const Scores<Format>& scores) {
 template <class Format>
 void launch(const Scores<Format>& scores, const Threshold<Format>& top_p, int64_t k, const Packed& packed,
             const Padded& padded, cudaStream_t stream) {
-  const bool is_early = is_hopper<Format>();
-  const auto blocks = is_early ? static_cast<unsigned int>(blocks_of_row(scores)) : 1;
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {blocks, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned int>(scores.b) * blocks);
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = blocks > 1 ? 2 : is_early ? 1 : 0;
-  cudaLaunchKernelEx(&config, blocks > 1 ? select_kernel<Format, true> : select_kernel<Format, false>, scores, top_p, k,
-                     packed, padded);
+  const auto rows = static_cast<unsigned int>(scores.b);
+  if (!is_hopper<Format>()) {
+    select_kernel<Format, false><<<rows, kThreads, 0, stream>>>(scores, top_p, k, packed, padded);
+    return;
+  }
+  const auto blocks = static_cast<int>(blocks_of_row(scores));
+  sm90::launch(blocks > 1 ? select_kernel<Format, true> : select_kernel<Format, false>, dim3(rows * blocks), kThreads,
+               /*bytes=*/0, blocks, stream, scores, top_p, k, packed, padded);
 }
 
 }  // namespace
