@@ -19,9 +19,12 @@ TESTS = Path(__file__).parent
 FILES = ("test_selection.py", "test_importance.py", "test_cuda.py")
 LEFT_OUT = (
     "dense",
+    "nothing_beside",
+    "heads_do_not_meet",
+    "leave_nothing",
     "bits",
     "which_kernel",
-    "waits_once",
+    "nothing_but",
     "more_elements",
     "graph",
     "capture",

@@ -23,11 +23,12 @@ struct Threshold {
 
 // Where select_packed writes: positions of all rows without gaps, each row's first place, and how many there are.
 struct Packed {
-  int64_t* indices;            // as many places as rows can keep
-  int32_t* cu_seqlens;         // [b + 1]
-  int64_t* total;              // one word, which may be the host's
-  unsigned long long* words;   // [b], zeros: the rows' counts on their way
-  unsigned long long* ticket;  // one word, zero
+  int64_t* indices;     // as many places as rows can keep
+  int32_t* cu_seqlens;  // [b + 1]
+  int64_t* total;       // one word, which may be the host's: written as soon as it is known
+  // What rows tell one another, zeros before a selection and after it: their counts [b], how many of them have started,
+  // how many have added up the counts before theirs.
+  unsigned long long *counts, *started, *added_up;
 };
 
 // Where select_padded writes: a row's positions from row * capacity on, padded with -1, and min(candidates,

@@ -7,6 +7,7 @@
 
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
@@ -14,7 +15,10 @@
 
 #include <algorithm>
 #include <limits>
+#include <mutex>
 #include <string>
+#include <thread>
+#include <unordered_map>
 
 namespace mhmatmul {
 namespace {
@@ -45,45 +49,71 @@ void refuse_capture() {
 }  // namespace
 
 namespace cuda {
+namespace {
+
+constexpr int64_t kUnknown = -1;
+
+// Two words and one for each of b rows, for selections on the current stream, which find and leave them zeros: setting
+// them for each would take as long as the selection. Each stream's are kept, at most as many as its longest needed.
+Tensor cleared_words(int64_t b, const Tensor& probs, const c10::cuda::CUDAStream& stream) {
+  static std::mutex mutex;
+  static auto& words_of = *new std::unordered_map<c10::cuda::CUDAStream, Tensor>;  // CUDA may be gone at exit
+  const std::lock_guard lock(mutex);
+  Tensor& words = words_of[stream];
+  if (!words.defined() || words.size(0) < b + 2) words = at::zeros({b + 2}, probs.options().dtype(at::kLong));
+  return words;
+}
+
+}  // namespace
 
 PackedSelection::PackedSelection(const Tensor& probs, std::optional<double> top_p_value, const OptionalTensor& top_p,
-                                 std::optional<int64_t> top_k) {
+                                 std::optional<int64_t> top_k)
+    : stream_(at::cuda::getCurrentCUDAStream()) {
   const int64_t b = probs.size(0), s = probs.size(1), k = top_k.value_or(s);
-  const auto longs = probs.options().dtype(at::kLong);
-  places = at::empty({b * std::min(k, s)}, longs);
+  places = at::empty({b * std::min(k, s)}, probs.options().dtype(at::kLong));
   cu_seqlens = at::empty({b + 1}, probs.options().dtype(at::kInt));
   if (b == 0) {
     cu_seqlens.zero_();
     return;
   }
   refuse_capture();
-  total_ = at::empty({1}, at::TensorOptions().dtype(at::kLong).pinned_memory(true));
-  const Tensor words = at::empty({b + 1}, longs);  // and, behind them, the ticket
+  const Tensor words = cleared_words(b, probs, stream_);
   auto* const word = reinterpret_cast<unsigned long long*>(words.mutable_data_ptr<int64_t>());
-  const auto stream = at::cuda::getCurrentCUDAStream();
-  C10_CUDA_CHECK(cudaMemsetAsync(word, 0, words.nbytes(), stream));
   const Tensor rounded = top_p ? top_p->to(probs.scalar_type()) : Tensor();
   with_score_format(probs.scalar_type(), [&](auto format) {
     using Format = decltype(format);
     const auto threshold =
         top_p ? threshold_of<Format>(rounded) : Threshold<Format>{score_bits<Format>(top_p_value.value()), nullptr};
-    select_packed<Format>(scores_of<Format>(probs), threshold, k,
+    const auto scores = scores_of<Format>(probs);
+    total_ = at::empty({1}, at::TensorOptions().dtype(at::kLong).pinned_memory(true));
+    *total_.mutable_data_ptr<int64_t>() = kUnknown;
+    select_packed<Format>(scores, threshold, k,
                           {places.mutable_data_ptr<int64_t>(), cu_seqlens.mutable_data_ptr<int32_t>(),
-                           total_.mutable_data_ptr<int64_t>(), word, word + b},
-                          stream);
+                           total_.mutable_data_ptr<int64_t>(), word + 2, word, word + 1},
+                          stream_);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  counted_.record(stream);
 }
 
 PackedSelection::~PackedSelection() {
-  if (counted_.isCreated()) cudaEventSynchronize(counted_.event());  // an error is the next call's
+  if (total_.defined() && counted() == kUnknown) cudaStreamSynchronize(stream_);  // an error is the next call's
 }
+
+int64_t PackedSelection::counted() const { return __atomic_load_n(total_.const_data_ptr<int64_t>(), __ATOMIC_ACQUIRE); }
 
 int64_t PackedSelection::wait() {
   if (!total_.defined()) return 0;
-  counted_.synchronize();
-  const int64_t t = *total_.const_data_ptr<int64_t>();
+  // Looking is sooner than an event, which costs a call to be recorded and another to be waited for. Seldom: whether
+  // the device still works.
+  constexpr int kLooks = 1 << 16;
+  for (int looks = 0; counted() == kUnknown; ++looks) {
+    if (looks == kLooks) {
+      C10_CUDA_CHECK(cudaStreamSynchronize(stream_));
+      TORCH_INTERNAL_ASSERT(counted() != kUnknown, "the selection has ended without a count");
+    }
+    std::this_thread::yield();
+  }
+  const int64_t t = counted();
   check_kept("select_important", t);
   return t;
 }

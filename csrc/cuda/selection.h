@@ -3,7 +3,7 @@
 
 #include "../ops.h"
 
-#include <ATen/cuda/CUDAEvent.h>
+#include <c10/cuda/CUDAStream.h>
 
 namespace mhmatmul::cuda {
 
@@ -26,8 +26,10 @@ class PackedSelection {
   Tensor cu_seqlens;  // [b + 1] int32; the last one is how many are kept, on the device
 
  private:
-  Tensor total_;  // one int64 of the host's that the device writes
-  at::cuda::CUDAEvent counted_;
+  int64_t counted() const;
+
+  Tensor total_;  // one int64 of the host's: kUnknown until the device has counted
+  c10::cuda::CUDAStream stream_;
 };
 
 // The first t rows of what was allocated for the most that can be kept: a copy where they would hold on to more than as
