@@ -317,7 +317,7 @@ __device__ void make_grad_input(const BackwardParams& params, BackwardBarriers& 
       cutlass::arch::NamedBarrier::sync(kGroup, 0);
       if (tile + own.step >= params.cut.row_tiles)
         bring_weight(segment + params.cut.teams);  // all four warps have multiplied
-      round_into<Tile>(tile_out, sums);
+      round_into<Tile>(tile_out, sums, static_cast<int>(threadIdx.x) % kGroup);
       if constexpr (Tile::kGathers) {
         cutlass::arch::NamedBarrier::sync(kGroup, 0);
         auto* const base = static_cast<unsigned char*>(params.grad_input_rows) +

@@ -53,6 +53,22 @@ Cut cut(const HeadGemm& gemm, int multiprocessors) {
   return cut;
 }
 
+// `rows` of `width` elements of each head, where the copy engine cannot take them.
+Loose loose(const void* data, int64_t rows, int64_t width, int64_t heads, int64_t stride, int64_t head_stride) {
+  if (is_walkable(data, rows, stride, heads, head_stride)) return {};
+  const auto* const elements = static_cast<const uint16_t*>(data);
+  const bool in_words = reinterpret_cast<uintptr_t>(data) % sizeof(uint32_t) == 0 && width % 2 == 0 &&
+                        stride % 2 == 0 && head_stride % 2 == 0;
+  return {const_cast<uint16_t*>(elements), stride, head_stride, in_words};
+}
+
+LooseOperands loose_of(const HeadGemm& gemm) {
+  const int64_t b_rows = gemm.b.transposed ? gemm.n : gemm.k, b_width = gemm.b.transposed ? gemm.k : gemm.n;
+  return {loose(gemm.a, gemm.a_rows, gemm.k, gemm.batch, gemm.a_stride, gemm.a_batch_stride),
+          loose(gemm.b.data, b_rows, b_width, gemm.batch, gemm.b.ld, gemm.b.batch_stride),
+          loose(gemm.c, gemm.m, gemm.n, gemm.batch, gemm.c_stride, gemm.c_batch_stride)};
+}
+
 // `rows` of A come at a time.
 template <class Tile>
 Params params_of(const HeadGemm& gemm, const Cut& cut, int rows) {
@@ -70,17 +86,20 @@ Params params_of(const HeadGemm& gemm, const Cut& cut, int rows) {
   params.n = static_cast<int>(gemm.n);
   params.k = static_cast<int>(gemm.k);
   params.c_leaves_cache = gemm.m * gemm.n * gemm.batch * kElementSize > tuning::kBytesCacheKeeps;
-  if (!Tile::kGathers)
+  params.loose = loose_of(gemm);
+  if (!Tile::kGathers && !params.loose.a.data)
     params.a = tensor_map(gemm.a, {gemm.k, gemm.batch, gemm.m, gemm.a_batch_stride, gemm.a_stride, kDepth, 1, rows},
                           gemm.is_bfloat16);
-  params.b = tensor_map(gemm.b.data,
-                        Tile::kTransposed ? Layout{gemm.k, gemm.n, gemm.batch, gemm.b.ld, gemm.b.batch_stride, kDepth,
-                                                   Tile::kBoxRowsOfB, 1}
-                                          : Layout{gemm.n / Tile::kHeads, gemm.k, gemm.batch, gemm.b.ld,
-                                                   gemm.b.batch_stride, std::min(kDepth, Tile::kHeadN), kDepth, 1},
-                        gemm.is_bfloat16);
-  params.c = tensor_map(gemm.c, {gemm.n, gemm.batch, gemm.m, gemm.c_batch_stride, gemm.c_stride, kDepth, 1, Tile::kM},
-                        gemm.is_bfloat16);
+  if (!params.loose.b.data)
+    params.b = tensor_map(gemm.b.data,
+                          Tile::kTransposed ? Layout{gemm.k, gemm.n, gemm.batch, gemm.b.ld, gemm.b.batch_stride, kDepth,
+                                                     Tile::kBoxRowsOfB, 1}
+                                            : Layout{gemm.n / Tile::kHeads, gemm.k, gemm.batch, gemm.b.ld,
+                                                     gemm.b.batch_stride, std::min(kDepth, Tile::kHeadN), kDepth, 1},
+                          gemm.is_bfloat16);
+  if (!params.loose.c.data)
+    params.c = tensor_map(gemm.c, {gemm.n, gemm.batch, gemm.m, gemm.c_batch_stride, gemm.c_stride, kDepth, 1, Tile::kM},
+                          gemm.is_bfloat16);
   return params;
 }
 
@@ -103,7 +122,7 @@ struct OneWave {
 
 template <class Tile>
 std::optional<OneWave> one_wave(const HeadGemm& gemm, int multiprocessors) {
-  if (gemm.indices || gemm.k > kMostDepths * kDepth) return std::nullopt;
+  if (gemm.indices || gemm.k > kMostDepths * kDepth || loose_of(gemm).any()) return std::nullopt;
   const auto share = [](int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; };
   const int64_t m_blocks = share(gemm.m, kOneWaveRows), n_blocks = share(gemm.n, Tile::kN);
   const int64_t most = int64_t{kMostBlocks<Tile>} * multiprocessors;
@@ -204,12 +223,21 @@ void launch_tile(const HeadGemm& gemm, cudaStream_t stream) {
 }
 
 template <class Element, bool transposed>
+void launch_loose(const HeadGemm& gemm, cudaStream_t stream) {
+  if (gemm.n <= kDepth) return launch<Tile<Element, 128, kDepth, false, transposed, 1, true>>(gemm, stream);
+  return launch<Tile<Element, 128, 128, false, transposed, 1, true>>(gemm, stream);
+}
+
+template <class Element, bool transposed>
 bool launch_one_wave_or_held(const HeadGemm& gemm, cudaStream_t stream) {
   return launch_one_wave<Element, transposed>(gemm, stream) || launch_held<HeldTile<Element, transposed>>(gemm, stream);
 }
 
 template <class Element>
 void launch_element(const HeadGemm& whole, cudaStream_t stream) {
+  if (loose_of(whole).any())
+    return whole.b.transposed ? launch_loose<Element, true>(whole, stream)
+                              : launch_loose<Element, false>(whole, stream);
   if (whole.b.transposed ? launch_one_wave_or_held<Element, true>(whole, stream)
                          : launch_one_wave_or_held<Element, false>(whole, stream))
     return;
@@ -231,12 +259,10 @@ bool takes_sm90(const HeadGemm& gemm) {
   constexpr int64_t kLargest = INT32_MAX - 256;  // a tile's end is an int, too
   for (const int64_t size : {gemm.m, gemm.n, gemm.k, gemm.batch, gemm.a_rows})
     if (size < 1 || size > kLargest) return false;
-  if (gemm.indices && gemm.k % (kAlignment / kElementSize) != 0) return false;  // copied in whole 16 bytes
-  if (!is_walkable(gemm.a, gemm.a_rows, gemm.a_stride, gemm.batch, gemm.a_batch_stride)) return false;
-  if (!is_walkable(gemm.c, gemm.m, gemm.c_stride, gemm.batch, gemm.c_batch_stride)) return false;
-  const int64_t b_outer = gemm.b.transposed ? gemm.n : gemm.k;
-  if (!is_walkable(gemm.b.data, b_outer, gemm.b.ld, gemm.batch, gemm.b.batch_stride)) return false;
   const int multiprocessors = attribute_of_device(cudaDevAttrMultiProcessorCount);
+  const LooseOperands loose = loose_of(gemm);
+  if (loose.any()) return !gemm.indices && tuning::prefers_loose(gemm, loose.in_words(), multiprocessors);
+  if (gemm.indices && gemm.k % (kAlignment / kElementSize) != 0) return false;  // copied in whole 16 bytes
   return is_one_wave(gemm, multiprocessors) || tuning::prefers_sm90(packed(gemm), multiprocessors);
 }
 

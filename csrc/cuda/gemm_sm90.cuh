@@ -16,24 +16,32 @@
 // Heads of 32 or 16 are packed: the tile is 64 columns of A and of C, which belong to two or four heads side by side,
 // and each head's columns are multiplied by its own rows of B, nothing by zeros.
 //
+// Loose operands, at no multiples of 16 bytes, are moved by threads instead of the copy engine (loose_sm90.cuh).
+//
 // Every row is summed over k in steps of 16 from the lowest, into one float32 sum, whatever the tile: the same bits.
 #pragma once
 
+#include "loose_sm90.cuh"
 #include "sm90.cuh"
 #include "tile_walk.h"
 
 namespace mhmatmul::cuda::sm90 {
 
 constexpr int kThreads = 3 * kGroup;
-constexpr int kDepth = kRowBytes / 2;  // elements along k in a stage
-constexpr int kMaxStages = 16;         // of one ring
+constexpr int kMaxStages = 16;   // of one ring
+constexpr int kRegisters = 168;  // of a thread, at launch: what kThreads leave it
 
-template <class Element_, int m, int n, bool gathers, bool b_is_transposed, int heads = 1>
+template <class Element_, int m, int n, bool gathers, bool b_is_transposed, int heads = 1, bool is_loose = false>
 struct Tile {
   using Element = Element_;
   static constexpr int kM = m, kN = n;
   static constexpr int kHeads = heads, kHeadN = n / heads, kHeadK = kDepth / heads;  // packed side by side
-  static constexpr bool kGathers = gathers, kTransposed = b_is_transposed;
+  static constexpr bool kGathers = gathers, kTransposed = b_is_transposed, kLoose = is_loose;
+  // Registers of a thread that brings and of one that multiplies.
+  static constexpr int kBringing = is_loose ? 128 : (gathers ? 72 : 40);
+  static constexpr int kMultiplying = is_loose ? 184 : (gathers ? 216 : 232);
+  static_assert(kBringing + 2 * kMultiplying <= 3 * kRegisters);
+  static_assert(!gathers || !is_loose);
   static_assert(heads == 1 || (n == kDepth && !b_is_transposed));
   static constexpr int kBoxRowsOfB = n;  // when transposed
   static constexpr int kABytes = m * kRowBytes, kBBytes = kHeadN * kRowBytes, kCBytes = m * n * 2;
@@ -48,6 +56,7 @@ struct Params {
   const int32_t* rows_given;  // null, or how many of the m rows are there
   const void* bias;
   int64_t bias_batch_stride;
+  LooseOperands loose;
   int m, n, k;
   bool c_leaves_cache;  // C is first to be evicted from L2
   Cut cut;
@@ -142,11 +151,34 @@ __device__ void bring_b(const Params& params, uint64_t* full, unsigned char* sta
   }
 }
 
+// The same of a loose B. Called by a warpgroup.
+template <class Tile>
+__device__ void bring_loose_b(const Params& params, uint64_t* full, unsigned char* stage, int head, int n_block,
+                              int k_block) {
+  const int k = k_block * kDepth, n = n_block * Tile::kN;
+  if constexpr (Tile::kTransposed) {
+    bring_box<Tile::kN>(box_of(params.loose.b, head, n, params.n, k, params.k), stage);
+  } else {
+    for (int panel = 0; panel < Tile::kPanels; ++panel)
+      bring_box<kDepth>(box_of(params.loose.b, head, k, params.k, n + panel * kDepth, params.n),
+                        stage + panel * kDepth * kRowBytes);
+  }
+  tell_of_box(params.loose.b.in_words, full);
+}
+
+// Whether all threads of the first warpgroup bring something, or one asks the copy engine for everything.
+template <class Tile>
+__device__ bool threads_bring(const Params& params) {
+  return Tile::kGathers || (Tile::kLoose && (params.loose.a.data || params.loose.b.data));
+}
+
+// Called by the threads that bring.
 template <class Tile>
 __device__ void produce(const Params& params, int m, Barriers& barriers, unsigned char* a_stages,
                         unsigned char* b_stages) {
   const Cut& cut = params.cut;
   const bool leads = threadIdx.x == 0;
+  const bool loose_a = Tile::kLoose && params.loose.a.data, loose_b = Tile::kLoose && params.loose.b.data;
   Place a, b;
   Walk walk(cut, blocks_of<Tile>(m), static_cast<int>(blockIdx.x));
   [[maybe_unused]] GatheredRows<Tile> rows;
@@ -160,19 +192,28 @@ __device__ void produce(const Params& params, int m, Barriers& barriers, unsigne
       rows.read(params, m, walk);  // on their way while this tile is copied
     }
     for (int k_block = 0; k_block < cut.k_blocks; ++k_block) {
-      if (brings_b && leads) {
+      if (brings_b && (leads || loose_b)) {
         ClusterBarrier::wait(&barriers.b_empty[b.slot], b.parity ^ 1);
         uint64_t* const full = &barriers.b_full[b.slot];
-        ClusterTransactionBarrier::arrive_and_expect_tx(full, Tile::kBBytes);
-        bring_b<Tile>(params, full, b_stages + b.slot * Tile::kBBytes, head, n_block, k_block);
+        unsigned char* const stage = b_stages + b.slot * Tile::kBBytes;
+        if (loose_b) {
+          bring_loose_b<Tile>(params, full, stage, head, n_block, k_block);
+        } else {
+          ClusterTransactionBarrier::arrive_and_expect_tx(full, Tile::kBBytes);
+          bring_b<Tile>(params, full, stage, head, n_block, k_block);
+        }
         b.advance(1, cut.b_stages);
       }
+      if (!leads && !Tile::kGathers && !loose_a) continue;
       ClusterBarrier::wait(&barriers.a_empty[a.slot], a.parity ^ 1);
       uint64_t* const full = &barriers.a_full[a.slot];
       unsigned char* const stage = a_stages + a.slot * Tile::kABytes;
       if constexpr (Tile::kGathers) {
         rows.copy(params, k_block, cute::cast_smem_ptr_to_uint(stage));
         cutlass::arch::cpasync_barrier_arrive_noinc(full);
+      } else if (loose_a) {
+        bring_box<Tile::kM>(box_of(params.loose.a, head, m_block * Tile::kM, m, k_block * kDepth, params.k), stage);
+        tell_of_box(params.loose.a.in_words, full);
       } else {
         ClusterTransactionBarrier::arrive_and_expect_tx(full, Tile::kABytes);
         bring(params.a, full, stage, k_block * kDepth, head, m_block * Tile::kM);
@@ -295,7 +336,8 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
       const auto multiply_stage = [&](GMMA::ScaleOut first) {
         ClusterBarrier::wait(&barriers.b_full[b_now.slot], b_now.parity);
         ClusterBarrier::wait(&barriers.a_full[a_now.slot], a_now.parity);
-        if constexpr (Tile::kGathers) cutlass::arch::fence_view_async_shared();  // cp.async wrote for wgmma to read
+        if constexpr (Tile::kGathers || Tile::kLoose)
+          cutlass::arch::fence_view_async_shared();  // cp.async wrote for wgmma to read
         warpgroup_fence_operand(sums);
         warpgroup_arrive();
 #pragma unroll
@@ -352,10 +394,13 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
       if (thread == 0) tma_store_wait<0>();  // the tile before has been read out of c_tile
       cutlass::arch::NamedBarrier::sync(kGroup, group);
     }
-    round_into<Tile>(c_tile, sums);
+    round_into<Tile>(c_tile, sums, Tile::kLoose ? thread_anew() : thread);
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::NamedBarrier::sync(kGroup, group);
-    if (thread == 0) {
+    if (Tile::kLoose && params.loose.c.data) {
+      const int row = walk.m_block * Tile::kM, column = walk.n_block * Tile::kN;
+      store_box<Tile::kM, Tile::kN>(box_of(params.loose.c, walk.head, row, m, column, params.n), c_tile);
+    } else if (thread == 0) {
       store_tile<Tile>(params, c_tile, walk.head, walk.n_block, walk.m_block);
       if (shares_c) tma_store_wait<0>();
     }
@@ -379,20 +424,22 @@ __global__ void __launch_bounds__(kThreads, 1) head_gemm_kernel(const __grid_con
   unsigned char* const c_tiles = b_stages + cut.b_stages * Tile::kBBytes;
   auto& barriers = *reinterpret_cast<Barriers*>(c_tiles + cut.c_tiles * Tile::kCBytes);
 
+  const bool loose_a = Tile::kLoose && params.loose.a.data, loose_b = Tile::kLoose && params.loose.b.data;
+  const bool loose_c = Tile::kLoose && params.loose.c.data;
   if (threadIdx.x == kGroup) {
-    if (!Tile::kGathers) cute::prefetch_tma_descriptor(&params.a);
-    cute::prefetch_tma_descriptor(&params.b);
-    cute::prefetch_tma_descriptor(&params.c);
+    if (!Tile::kGathers && !loose_a) cute::prefetch_tma_descriptor(&params.a);
+    if (!loose_b) cute::prefetch_tma_descriptor(&params.b);
+    if (!loose_c) cute::prefetch_tma_descriptor(&params.c);
   }
   // One thread: the fence costs a microsecond and a half when sixteen share the work.
   if (threadIdx.x == 0) {
     constexpr int kWarps = kGroup / kWarp;
     for (int i = 0; i < cut.a_stages; ++i) {
-      ClusterBarrier::init(&barriers.a_full[i], Tile::kGathers ? kGroup : 1);
+      ClusterBarrier::init(&barriers.a_full[i], Tile::kGathers || loose_a ? kGroup : 1);
       ClusterBarrier::init(&barriers.a_empty[i], kWarps);
     }
     for (int i = 0; i < cut.b_stages; ++i) {
-      ClusterBarrier::init(&barriers.b_full[i], 1);
+      ClusterBarrier::init(&barriers.b_full[i], loose_b ? kGroup : 1);
       ClusterBarrier::init(&barriers.b_empty[i], cut.b_stays ? 2 * kWarps : kWarps);
     }
     cutlass::arch::fence_barrier_init();
@@ -405,10 +452,10 @@ __global__ void __launch_bounds__(kThreads, 1) head_gemm_kernel(const __grid_con
   if (Tile::kGathers && params.rows_given) m = min(m, *params.rows_given);
 
   if (threadIdx.x < kGroup) {
-    cutlass::arch::warpgroup_reg_dealloc<Tile::kGathers ? 72 : 40>();
-    if (Tile::kGathers || threadIdx.x == 0) produce<Tile>(params, m, barriers, a_stages, b_stages);
+    cutlass::arch::warpgroup_reg_dealloc<Tile::kBringing>();
+    if (threads_bring<Tile>(params) || threadIdx.x == 0) produce<Tile>(params, m, barriers, a_stages, b_stages);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<Tile::kGathers ? 216 : 232>();
+    cutlass::arch::warpgroup_reg_alloc<Tile::kMultiplying>();
     consume<Tile>(params, m, barriers, a_stages, b_stages, c_tiles);
   }
 #else

@@ -24,7 +24,7 @@ struct HeadGemm {
   bool is_bfloat16;
 };
 
-// Whether run_sm90 can take it on the current device (alignment, sizes) and is expected to be the faster one.
+// Whether run_sm90 can take it on the current device (sizes, layouts) and is expected to be the faster one.
 bool takes_sm90(const HeadGemm& gemm);
 
 // On the current device. Throws std::runtime_error with CUDA's own words.

@@ -68,13 +68,27 @@
 //     and half as fast with a branch around it.
 //   - Rows that are no multiples of 16 bytes as boxes that begin anywhere in longer rows: the copy engine wants the
 //     address at which a box begins to be such a multiple, too.
-//   - The same rows through registers: A by words of two elements, funnel-shifted where they are odd, C alike.
-//     Predicted: 1.6 times cuBLAS's speed. Found at 4096 rows, 32 heads of 127 -> 128: 166 us (cuBLAS 54), of 126: 76
-//     (42), of 128 -> 127: 47 (55), with loads behind branches, which wait for one another. Not tried: element by
-//     element, every load of a stage on its way at once.
+//   - Blocks with the same piece of B in clusters of two, which bring it for one another: 0.3 to 1 us slower in nine of
+//     ten shapes, 1 % faster at 256 -> 256, 16384 rows. Predicted: 1.3 us faster at 256 -> 256.
+//   - Asking for the rows of 2, 4 or 8 tiles in L2 while B comes: 0.1 to 25 us slower; it is one engine that asks.
+//   - Tiles wherever they fall on all multiprocessors, B brought for each, or for each two or four: 1 to 48 % slower.
+//
+// A copy of as many bytes (Tensor.copy_), measured alike, is not at the floor either: 0.91 at 256 -> 256, 4096 rows,
+// 0.90 at 128 -> 128, 8192 rows of 16 heads, 0.84 at 64 -> 64, 12608 rows, 0.91 at 32 -> 32, 0.975 at 128 -> 512, 1024
+// rows.
+//
+// Loose operands (loose_sm90.cuh). Measured at 4096 rows of 32 heads; ours / cuBLAS in microseconds (floor):
+//   in words     36 -> 128   17 / 40 (10)     100 -> 100  28 / 41 (13)
+//                128 -> 66   20 / 37 (12)     256 -> 250  49 / 105 (33)
+//   in elements  65 -> 128   36 / 42 (12)     127 -> 127  48 / 55 (16)
+// Rows moved by words that are funnel-shifted where they are odd: 166 us at 127 -> 128, where 54 are cuBLAS's, since
+// each load waited for the one before. What made the difference: all loads of a stage on their way at once, which takes
+// 64 registers; addresses made anew for each tile, where the compiler would keep, and spill, them: 89 -> 43 us at 127
+// -> 128, 36 -> 25 at 126 -> 128; cp.async for words, which needs no registers. More registers than the block was
+// launched with cannot be had: warpgroups that ask for them wait for ever.
 //
 // ptxas 13.0: 168 registers at launch in the persistent kernels, 122 where they hold B, 58 and 90 in those of one wave,
-// no spills; 56 for the gathering threads were too few.
+// no spills; 56 for the gathering threads were too few, 120 for those that move elements.
 #pragma once
 
 #include "gemm_sm90.h"
@@ -114,6 +128,21 @@ inline bool prefers_held(const HeadGemm& gemm) {
   return !gemm.indices && gemm.k > 64 && gemm.k <= 128 && gemm.n > 384 && gemm.n <= 512;
 }
 
+// Whether the matrix units take longer than the memory.
+inline bool is_bound_by_flop(const HeadGemm& gemm) {
+  constexpr double kFlopPerByte = 187;
+  const auto k = static_cast<double>(gemm.k), n = static_cast<double>(gemm.n);
+  return k * n > kFlopPerByte * (k + n);
+}
+
+// Where the copy engine cannot take an operand: cuBLAS is slower there, too, but for few rows, and where it has time to
+// bring them.
+inline bool prefers_loose(const HeadGemm& gemm, bool in_words, int multiprocessors) {
+  constexpr double kFewInWords = 1.9, kFewInElements = 7.5;
+  if (gemm.k > kLongestHead || (!in_words && is_bound_by_flop(gemm))) return false;
+  return smallest_tiles(gemm) >= (in_words ? kFewInWords : kFewInElements) * multiprocessors;
+}
+
 inline bool prefers_sm90(const HeadGemm& gemm, int multiprocessors) {
   if (gemm.k > kLongestHead) return false;
   if (gemm.indices) return true;  // a copy of the rows costs more than what cuBLAS gains
@@ -122,11 +151,10 @@ inline bool prefers_sm90(const HeadGemm& gemm, int multiprocessors) {
   constexpr double kDepthOfTile = 72;
   const double tiles = smallest_tiles(gemm) / multiprocessors;
   if (tiles * kDepthOfTile < static_cast<double>(gemm.k)) return false;
-  // Bound by the matrix units: cuBLAS, but for few heads with many rows.
-  constexpr double kFlopPerByte = 187, kManyTiles = 15;
+  if (!is_bound_by_flop(gemm)) return true;
+  // Else cuBLAS, but for few heads with many rows.
+  constexpr double kManyTiles = 15;
   constexpr int64_t kPiecesOfFewHeads = 16;  // of B, 128 columns each
-  const auto k = static_cast<double>(gemm.k), n = static_cast<double>(gemm.n);
-  if (k * n <= kFlopPerByte * (k + n)) return true;
   return gemm.batch * ((gemm.n + 127) / 128) <= kPiecesOfFewHeads && tiles >= kManyTiles;
 }
 

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kGroup, kMostBlocks<Tile>)
   warpgroup_fence_operand(sums);
   if (params.bias) SummedRows<Tile>{}.finish(params, head, n_block, sums);
   __syncthreads();  // all have read B, which makes room for C
-  round_into<Tile>(b_stages, sums);
+  round_into<Tile>(b_stages, sums, static_cast<int>(threadIdx.x));
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -15,8 +15,17 @@ using cutlass::arch::ClusterTransactionBarrier;
 
 constexpr int kWarp = 32, kGroup = 128;
 constexpr int kRowBytes = 128;            // of a row in shared memory: the widest swizzle
+constexpr int kDepth = kRowBytes / 2;     // elements of such a row
 constexpr int kSharedBytes = 227 * 1024;  // what a block may have
 constexpr int kSharedAlignment = 1024;    // of the swizzle
+
+// The thread's number in its warpgroup, read anew: what is made of it does not stay in registers while the thread does
+// something else.
+__device__ inline int thread_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread % kGroup;
+}
 
 // A place in a ring of `size` stages and the parity of its round.
 struct Place {
@@ -32,6 +41,11 @@ struct Place {
   }
 };
 
+// Where a panel, rows of 64 columns, has an element: swizzled as the copy engine does.
+__device__ inline int place_in_panel(int row, int column) {
+  return row * kRowBytes + ((column / 8) ^ (row % 8)) * 16 + column % 8 * 2;
+}
+
 __device__ inline void bring(const CUtensorMap& map, uint64_t* barrier, void* to, int x, int y, int z) {
   cute::SM90_TMA_LOAD_3D::copy(&map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, x, y,
                                z);
@@ -39,6 +53,11 @@ __device__ inline void bring(const CUtensorMap& map, uint64_t* barrier, void* to
 
 __device__ inline void copy_16_bytes(uint32_t to, const void* from, bool zeros) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16)
+               : "memory");
+}
+
+__device__ inline void copy_4_bytes(uint32_t to, const void* from, bool zeros) {
+  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 4)
                : "memory");
 }
 
@@ -59,11 +78,12 @@ __device__ constexpr int place_of_sums(int block, int j) {
   return ((j / kEights * kBlocks + block) * kEights + j % kEights) * 4;
 }
 
-// Rounds a tile's sums into `to`: panels of 64 columns, kM rows of 128 bytes each, swizzled as the copy engine reads.
+// Rounds a tile's sums, `thread`'s of a warpgroup, into `to`: panels of 64 columns, kM rows of 128 bytes each, swizzled
+// as the copy engine reads.
 template <class Tile, class Sums>
-__device__ void round_into(unsigned char* to, const Sums& sums) {
+__device__ void round_into(unsigned char* to, const Sums& sums, int thread) {
   using Element = typename Tile::Element;
-  const int warp = static_cast<int>(threadIdx.x) % kGroup / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = thread / kWarp, lane = thread % kWarp;
 #pragma unroll
   for (int block = 0; block < Tile::kM / 64; ++block) {
     const int row = block * 64 + warp * 16 + lane % 16;  // lane: row of the matrix that it gives the address of
