@@ -27,7 +27,8 @@ LEGEND = """\
 Microseconds a call, medians. graph: replayed from a CUDA graph, without the host's part; - where the result's size
 depends on data, which no graph can hold. eager: called with the device idle, the host's part included. cold: operands
 not in L2; hot: just used. floor: the share of what the device's copy and torch.mm rates allow, graph cold, else eager
-cold. x: times our time (the line marked 1.00), in the same mode. *: ours. tf32: float32, rounded to TF32."""
+cold. x: times our time (the line marked 1.00), in the same mode. *: ours. copy: of as many bytes, computing nothing.
+tf32: float32, rounded to TF32."""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -155,7 +156,7 @@ def print_rates(rates: GpuRates) -> None:
     """Print what the device can do."""
     products = ", ".join(f"{dtype} {flops / 1e12:.0f}" for dtype, flops in rates.flops.items())
     print(f"copy {rates.copy / 1e12:.2f} TB/s read and written, write {rates.write / 1e12:.2f} TB/s")
-    print(f"torch.mm in TFLOP/s: {products}")
+    print(f"torch.mm in TFLOP/s: {products}; the smallest kernel, eager: {rates.launch * 1e6:.0f} us")
 
 
 def record(
@@ -179,6 +180,7 @@ def record(
             "FLOP/s of torch.mm": runs.rates.flops,
             "bytes/s of a copy": runs.rates.copy,
             "bytes/s of writing": runs.rates.write,
+            "seconds of the smallest kernel, eager": runs.rates.launch,
         },
         "marks": [mark._asdict() for mark in marks],
         "wrong": findings.wrong,

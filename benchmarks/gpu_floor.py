@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ class GpuRates(NamedTuple):
     flops: dict[str, float]  # of a large torch.mm, by dtype
     copy: float  # bytes read and written per second
     write: float  # bytes written per second, reading none
+    launch: float  # seconds that the smallest kernel takes when it is called eagerly
 
     def floor(self, dtype: str, flop: float, bytes: float) -> float:
         """Seconds below which nothing can be done."""
@@ -46,4 +48,6 @@ def measure_rates(dtypes: Iterable[str], mm_size: int) -> GpuRates:
     dst = torch.empty_like(src)
     copy = 2 * src.nbytes / best(lambda: dst.copy_(src))
     write = dst.nbytes / best(lambda: dst.fill_(1))
-    return GpuRates({dtype: measure_flops(dtype, mm_size) for dtype in dtypes}, copy, write)
+    few = torch.zeros(1, device="cuda")
+    launch = statistics.median(elapsed(lambda: few.add_(1), REPEATS, before=few.zero_))
+    return GpuRates({dtype: measure_flops(dtype, mm_size) for dtype in dtypes}, copy, write, launch)

@@ -244,6 +244,20 @@ def build(kind: Kind, operands: Operands, with_compile: bool, gpu: Gpu, findings
     return candidates
 
 
+def copy_of(kind: Kind, operands: Operands, gpu: Gpu) -> Candidate:
+    """A copy of as many bytes: how near the floor one comes at this size with nothing to compute."""
+    bytes = work(kind, operands.shape, DTYPES[operands.dtype].itemsize)[1]
+    sets = gpu.copies(bytes)
+    halves = [torch.zeros(2, math.ceil(bytes / 2), dtype=torch.uint8, device="cuda") for _ in range(sets)]
+    calls = [lambda to=to, source=source: to.copy_(source) for to, source in halves]
+    each = min(MOST_CALLS, max(1, math.ceil(GRAPH_SECONDS / statistics.median(elapsed(calls[0], WARM_UP)))))
+    graphs: dict[Mode, Captured] = {
+        "graph hot": capture(calls[:1] * each, 1, gpu.stream),
+        "graph cold": capture(calls * max(1, round(each / sets)), sets, gpu.stream),
+    }
+    return Candidate("copy", Way("to.copy_(source)"), calls[0], graphs)
+
+
 def sample(candidate: Candidate, mode: Mode, repeats: int, gpu: Gpu) -> list[float]:
     """Seconds a call."""
     if mode in ("eager cold", "eager hot"):
@@ -259,6 +273,8 @@ def measure(
     """Check, then time, all ways for one problem, in all modes."""
     allow_tf32(operands.tf32)
     candidates = build(kind, operands, with_compile, gpu, findings)
+    if kind == "forward":
+        candidates.append(copy_of(kind, operands, gpu))
     times: dict[tuple[int, Mode], list[float]] = {}
     for _ in range(effort.rounds):
         for i, candidate in enumerate(candidates):
