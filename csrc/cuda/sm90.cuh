@@ -52,7 +52,7 @@ __device__ inline void bring(const CUtensorMap& map, uint64_t* barrier, void* to
 }
 
 __device__ inline void copy_16_bytes(uint32_t to, const void* from, bool zeros) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16)
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16)
                : "memory");
 }
 
