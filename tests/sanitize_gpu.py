@@ -14,23 +14,17 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-# The heart of each family, at sizes that a tool slowing a kernel a hundred times can take. Left out: what profiles (a
-# sanitizer is a profiler itself), compiles, captures, or is large for its own sake.
-FILES = ("test_selection.py", "test_importance.py", "test_cuda.py")
-LEFT_OUT = (
-    "dense",
-    "nothing_beside",
-    "heads_do_not_meet",
-    "leave_nothing",
-    "bits",
-    "which_kernel",
-    "nothing_but",
-    "more_elements",
-    "graph",
-    "capture",
-    "compile",
-    "many_rows",
-    "every_bit",
+FILES = ("test_cuda.py", "test_selection.py", "test_importance.py", "test_combine.py")
+# Each kernel at sizes that a tool slowing it a hundred times can take.
+CHOSEN = (
+    "little",
+    "test_rows",
+    "test_shapes",
+    "test_long_rows",
+    "test_output_and_explicit_gradients",
+    "test_gather_with_repeats_and_padding",
+    "test_wild_indices",
+    "test_values",
 )
 TOOLS = {
     "memcheck": ("--leak-check", "no"),
@@ -69,7 +63,7 @@ def main(arguments: list[str]) -> int:
             "-m",
             "gpu",
             "-k",
-            f"not ({' or '.join(LEFT_OUT)})",
+            " or ".join(CHOSEN),
             "-p",
             "no:cacheprovider",
         ]

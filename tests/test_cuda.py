@@ -75,7 +75,8 @@ SMALL = [
     (1000, 18, 70, 130),
     (1000, 33, 67, 131),
 ]
-# rows to gather from, rows gathered, nh, hd, e: every number of blocks of k, tiles in part, one row, one head
+# rows to gather from, rows gathered, nh, hd, e: every number of blocks of k, tiles in part, one row, one head; a little
+# for those tools, here and below
 GATHERED = [
     (700, 512, 3, 64, 64),
     (64, 4096, 7, 128, 128),
@@ -89,6 +90,7 @@ GATHERED = [
     (700, 512, 3, 65, 67),
     (64, 4096, 7, 128, 129),
     (3000, 1000, 5, 262, 136),
+    pytest.param((200, 333, 4, 72, 136), id="little"),
 ]
 
 
@@ -132,7 +134,7 @@ def test_dense(size, layout, dtype):
 @pytest.mark.parametrize("transposed", [False, True])
 @halves
 def test_a_little_of_each_kernel(size, transposed, dtype):
-    """Runs under compute-sanitizer, too (sanitize_gpu.py)."""
+    """For sanitize_gpu.py."""
     m, nh, hd, e = size
     input = torch.randn(m, nh, hd, device="cuda", dtype=dtype)
     weight = torch.randn(nh, hd, e, device="cuda", dtype=dtype)
@@ -329,6 +331,7 @@ BACKWARD = [
     (999, 1, 104, 72),
     (3000, 7, 64, 64),
     (1500, 3, 40, 24),
+    pytest.param((600, 12, 64, 64), id="little"),
 ]
 
 
