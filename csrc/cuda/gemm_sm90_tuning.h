@@ -69,10 +69,11 @@
 //     and half as fast with a branch around it.
 //   - Rows that are no multiples of 16 bytes as boxes that begin anywhere in longer rows: the copy engine wants the
 //     address at which a box begins to be such a multiple, too.
-//   - Blocks with the same piece of B in clusters of two, which bring it for one another: 0.3 to 1 us slower in nine of
-//     ten shapes, 1 % faster at 256 -> 256, 16384 rows. Predicted: 1.3 us faster at 256 -> 256.
-//   - Asking for the rows of 2, 4 or 8 tiles in L2 while B comes: 0.1 to 25 us slower; it is one engine that asks.
-//   - Tiles wherever they fall on all multiprocessors, B brought for each, or for each two or four: 1 to 48 % slower.
+//   - Blocks with the same piece of B in clusters of two, which bring it for one another: 0.5 to 3.6 us slower in eight
+//     shapes, 1 % faster in one, 256 -> 256 with 16384 rows. Predicted: 1.3 us faster at 256 -> 256.
+//   - Asking for the rows of 2, 4 or 8 tiles in L2 while B comes: the same (32 -> 32, 2 tiles) to 25 us slower
+//     (512 -> 128, 1024 rows, 8 tiles); it is one engine that asks.
+//   - Tiles wherever they fall on all multiprocessors, B brought for each, or for each two or four: 2 to 48 % slower.
 //
 // A copy of as many bytes (Tensor.copy_), measured alike, is not at the floor either: 0.91 at 256 -> 256, 4096 rows,
 // 0.90 at 128 -> 128, 8192 rows of 16 heads, 0.84 at 64 -> 64, 12608 rows, 0.91 at 32 -> 32, 0.975 at 128 -> 512, 1024
@@ -136,8 +137,8 @@ inline bool is_bound_by_flop(const HeadGemm& gemm) {
   return k * n > kFlopPerByte * (k + n);
 }
 
-// Where the copy engine cannot take an operand: cuBLAS is slower there, too, but for few rows, and where it has time to
-// bring them.
+// Where the copy engine cannot take an operand: cuBLAS is slower there, too, but for few rows, and where elements are
+// brought one by one for a product that the matrix units bound.
 inline bool prefers_loose(const HeadGemm& gemm, bool in_words, int multiprocessors) {
   constexpr double kFewInWords = 1.9, kFewInElements = 7.5;
   if (gemm.k > kLongestHead || (!in_words && is_bound_by_flop(gemm))) return false;

@@ -2,9 +2,8 @@
 // them: then each block has a share of the row's tiles, and tells the others what it counted through shared memory.
 //
 // 1. The row is read, tile by tile, each thread the same few consecutive scores of every tile; a block's only tile
-// stays
-//    in registers as keys. Candidates (score >= top_p) are counted, and their lowest and highest key found. What the
-//    row keeps, min(candidates, k), is known from here on.
+//    stays in registers as keys. Candidates (score >= top_p) are counted, and their lowest and highest key found. What
+//    the row keeps, min(candidates, k), is known from here on.
 // 2. Packed form: one thread publishes that count and adds up those of the rows before (look-back over one word a row,
 //    rows in the order in which blocks start). Meanwhile the others go on. The last to have added up clears the words.
 // 3. Only where candidates outnumber k: the k-th highest key is found digit by digit, from the highest bit in which

@@ -19,7 +19,8 @@ class PackedSelection {
   PackedSelection(const PackedSelection&) = delete;
   PackedSelection& operator=(const PackedSelection&) = delete;
 
-  // Waits until the device has counted, not for what was launched after the selection: how many tokens are kept.
+  // Waits until the device has counted, for what was launched after the selection only if that takes long: how many
+  // tokens are kept.
   int64_t wait();
 
   Tensor places;      // [b * min(k, s)] int64: the positions kept, then whatever lay there
