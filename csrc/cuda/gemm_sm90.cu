@@ -122,7 +122,7 @@ struct OneWave {
 
 template <class Tile>
 std::optional<OneWave> one_wave(const HeadGemm& gemm, int multiprocessors) {
-  if (gemm.indices || gemm.k > kMostDepths * kDepth || loose_of(gemm).any()) return std::nullopt;
+  if (gemm.indices || gemm.k > kMostDepths * kDepth) return std::nullopt;
   const auto share = [](int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; };
   const int64_t m_blocks = share(gemm.m, kOneWaveRows), n_blocks = share(gemm.n, Tile::kN);
   const int64_t most = int64_t{kMostBlocks<Tile>} * multiprocessors;

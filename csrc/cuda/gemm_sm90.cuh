@@ -131,7 +131,7 @@ struct GatheredRows {
   __device__ void copy(const Params& params, int k_block, uint32_t stage) const {
     const bool inside = k_block * kDepth + piece() * 8 < params.k;
     // Rows are a multiple of 8 apart: one swizzle for all.
-    const uint32_t to = stage + first_row() * kRowBytes + (piece() ^ (first_row() % 8)) * 16;
+    const uint32_t to = stage + place_in_panel(first_row(), piece() * 8);
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
       copy_16_bytes(to + i * kStep * kRowBytes, source[i] + k_block * kRowBytes, !inside || !(named >> i & 1));

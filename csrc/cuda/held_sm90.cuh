@@ -64,7 +64,7 @@ __device__ void load_b(const unsigned char* panel, int step, uint32_t (&to)[4]) 
   const int column = warp * 16 + lane / 8 % 2 * 8, k = step * 16 + lane / 16 * 8;  // of the matrix
   const int row = Tile::kTransposed ? k / kDepth * kDepth + column + lane % 8 : k + lane % 8;
   const int piece = Tile::kTransposed ? k % kDepth / 8 : column / 8;
-  const uint32_t from = cute::cast_smem_ptr_to_uint(panel) + row * kRowBytes + (piece ^ (row % 8)) * 16;
+  const uint32_t from = cute::cast_smem_ptr_to_uint(panel) + place_in_panel(row, piece * 8);
   if constexpr (Tile::kTransposed) {
     asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -85,7 +85,7 @@ __device__ void turn_into(unsigned char* panel, const Sums& sums) {
 #pragma unroll
   for (int j = 0; j < Tile::kM / 8; j += 2) {
     const int row = (j + lane / 16) * 8 + lane % 8;  // that this lane gives the address of
-    const uint32_t target = cute::cast_smem_ptr_to_uint(panel) + row * kRowBytes + (piece ^ (row % 8)) * 16;
+    const uint32_t target = cute::cast_smem_ptr_to_uint(panel) + place_in_panel(row, piece * 8);
     asm volatile(
         "stmatrix.sync.aligned.x4.trans.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target),
         "r"(pack(sums(j * 4 + 0), sums(j * 4 + 1), Element{})), "r"(pack(sums(j * 4 + 2), sums(j * 4 + 3), Element{})),

@@ -15,7 +15,7 @@ using cutlass::arch::ClusterTransactionBarrier;
 
 constexpr int kWarp = 32, kGroup = 128;
 constexpr int kRowBytes = 128;            // of a row in shared memory: the widest swizzle
-constexpr int kDepth = kRowBytes / 2;     // elements of such a row
+constexpr int kDepth = kRowBytes / 2;     // elements of such a row: a stage's, along k
 constexpr int kSharedBytes = 227 * 1024;  // what a block may have
 constexpr int kSharedAlignment = 1024;    // of the swizzle
 
