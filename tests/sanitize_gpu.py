@@ -51,6 +51,10 @@ def main(arguments: list[str]) -> int:
     if not Path(sanitizer).exists():
         print("compute-sanitizer was found neither on PATH nor in /usr/local/cuda/bin")
         return len(TOOLS)
+    sources = "".join((TESTS / name).read_text() for name in FILES)
+    if unknown := [name for name in CHOSEN if name not in sources]:
+        print(f"no test is called {', '.join(unknown)}")
+        return len(TOOLS)
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "MHMATMUL_DEMAND_GPU": "1"}
     failed = 0
     for tool, options in TOOLS.items():

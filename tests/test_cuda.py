@@ -37,7 +37,8 @@ DENSE = [
     (4001, 7, 128, 512),
 ]
 # rows, heads or columns that do not lie at multiples of 16 bytes, which the copy engine cannot take: A, B, C or all, in
-# words of two elements and element by element; a long head, a wide tile and a narrow one, in part; few rows
+# words of two elements and element by element; a long head, a wide tile and a narrow one, in part; few rows, which are
+# cuBLAS's
 UNALIGNED = [
     (4096, 32, 127, 128),
     (4096, 32, 128, 127),
@@ -50,6 +51,8 @@ UNALIGNED = [
     (20001, 8, 300, 65),
     (66003, 3, 33, 1),
     (66003, 3, 2, 8),
+    (2003, 12, 65, 65),
+    (3003, 5, 67, 131),
     (130, 31, 1, 129),
     (1, 1, 300, 65),
 ]
