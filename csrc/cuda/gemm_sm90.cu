@@ -26,36 +26,10 @@ Cut tiles_of(const HeadGemm& gemm, int multiprocessors) {
   return cut;
 }
 
-template <class Tile>
-Cut cut(const HeadGemm& gemm, int multiprocessors) {
-  Cut cut = tiles_of<Tile>(gemm, multiprocessors);
-  // B stays where A keeps two stages; the warpgroups share a tile of C where A would else have less than it wants.
-  constexpr int kBytes = kSharedBytes - kFixedBytes;
-  const auto room_for_a = [&] { return kBytes - cut.c_tiles * Tile::kCBytes - cut.b_stages * Tile::kBBytes; };
-  cut.b_stages = cut.k_blocks;
-  cut.c_tiles = 2;
-  if (room_for_a() < tuning::kWantedBytesOfA) cut.c_tiles = 1;
-  cut.b_stays = cut.k_blocks <= kMaxStages && room_for_a() >= 2 * Tile::kABytes;
-  if (!cut.b_stays) {
-    cut.c_tiles = 2;
-    cut.a_stages = cut.b_stages =
-        std::min(kMaxStages, (kBytes - cut.c_tiles * Tile::kCBytes) / (Tile::kABytes + Tile::kBBytes));
-    return cut;
-  }
-  if (cut.step == 1 && cut.pieces() > cut.blocks) {
-    // The next piece of B comes while this one is used, or several where each has but one tile, as far as A keeps what
-    // it wants.
-    const int spare = std::max(0, room_for_a() - tuning::kWantedBytesOfA) / Tile::kBBytes;
-    const int wanted = cut.m_blocks == 1 ? kMaxStages : 2 * cut.k_blocks;
-    cut.b_stages = std::min({kMaxStages, wanted, cut.k_blocks + spare});
-  }
-  cut.a_stages = std::min(kMaxStages, room_for_a() / Tile::kABytes);
-  return cut;
-}
-
-// `rows` of `width` elements of each head, where the copy engine cannot take them.
-Loose loose(const void* data, int64_t rows, int64_t width, int64_t heads, int64_t stride, int64_t head_stride) {
-  if (is_walkable(data, rows, stride, heads, head_stride)) return {};
+// `rows` of `width` elements of each head, where neither the copy engine nor threads can take 16 bytes at a time.
+Loose loose(const void* data, int64_t rows, int64_t width, int64_t heads, int64_t stride, int64_t head_stride,
+            bool is_in_pieces = true) {
+  if (is_in_pieces && is_walkable(data, rows, stride, heads, head_stride)) return {};
   const auto* const elements = static_cast<const uint16_t*>(data);
   const bool in_words = reinterpret_cast<uintptr_t>(data) % sizeof(uint32_t) == 0 && width % 2 == 0 &&
                         stride % 2 == 0 && head_stride % 2 == 0;
@@ -66,7 +40,33 @@ LooseOperands loose_of(const HeadGemm& gemm) {
   const int64_t b_rows = gemm.b.transposed ? gemm.n : gemm.k, b_width = gemm.b.transposed ? gemm.k : gemm.n;
   return {loose(gemm.a, gemm.a_rows, gemm.k, gemm.batch, gemm.a_stride, gemm.a_batch_stride),
           loose(gemm.b.data, b_rows, b_width, gemm.batch, gemm.b.ld, gemm.b.batch_stride),
-          loose(gemm.c, gemm.m, gemm.n, gemm.batch, gemm.c_stride, gemm.c_batch_stride)};
+          loose(gemm.c, gemm.m, gemm.n, gemm.batch, gemm.c_stride, gemm.c_batch_stride, gemm.n % 8 == 0)};
+}
+
+template <class Tile>
+Cut cut(const HeadGemm& gemm, int multiprocessors) {
+  Cut cut = tiles_of<Tile>(gemm, multiprocessors);
+  // B stays where A keeps two stages; the warpgroups share a tile of a loose C where A would else have too little.
+  constexpr int kBytes = kSharedBytes - kFixedBytes;
+  const auto room_for_a = [&] { return kBytes - cut.c_tiles * Tile::kCBytes - cut.b_stages * Tile::kBBytes; };
+  cut.b_stages = cut.k_blocks;
+  cut.c_tiles = Tile::kLoose && loose_of(gemm).c.data ? 2 : 0;
+  if (cut.c_tiles > 0 && room_for_a() < tuning::kLeastBytesOfA) cut.c_tiles = 1;
+  cut.b_stays = cut.k_blocks <= kMaxStages && room_for_a() >= 2 * Tile::kABytes;
+  if (!cut.b_stays) {
+    cut.a_stages = cut.b_stages =
+        std::min(kMaxStages, (kBytes - cut.c_tiles * Tile::kCBytes) / (Tile::kABytes + Tile::kBBytes));
+    return cut;
+  }
+  if (cut.step == 1 && cut.pieces() > cut.blocks) {
+    // The next piece of B comes while this one is used, or several where each has but one tile, as far as A keeps what
+    // it needs.
+    const int spare = std::max(0, room_for_a() - tuning::kLeastBytesOfA) / Tile::kBBytes;
+    const int wanted = cut.m_blocks == 1 ? kMaxStages : 2 * cut.k_blocks;
+    cut.b_stages = std::min({kMaxStages, wanted, cut.k_blocks + spare});
+  }
+  cut.a_stages = std::min(tuning::most_stages_of_a({Tile::kM, Tile::kN}), room_for_a() / Tile::kABytes);
+  return cut;
 }
 
 // `rows` of A come at a time.
@@ -75,10 +75,13 @@ Params params_of(const HeadGemm& gemm, const Cut& cut, int rows) {
   Params params{};
   params.cut = cut;
   params.rows = gemm.a;
+  params.c_rows = gemm.c;
   params.indices = gemm.indices;
   params.a_stride = gemm.a_stride;
   params.a_batch_stride = gemm.a_batch_stride;
   params.a_rows = gemm.a_rows;
+  params.c_stride = gemm.c_stride;
+  params.c_batch_stride = gemm.c_batch_stride;
   params.rows_given = gemm.rows_given;
   params.bias = gemm.bias;
   params.bias_batch_stride = gemm.bias_batch_stride;

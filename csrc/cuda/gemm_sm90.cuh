@@ -7,7 +7,7 @@
 //
 // Three warpgroups. The first brings A and B: by the bulk copy engine, or, when rows are gathered, A by cp.async, one
 // thread per 16 bytes. The other two take tiles in turn (ping-pong): while one multiplies, the other rounds its sums
-// and hands them to the copy engine, through a tile of its own or, where A needs the room, one that both take in turn.
+// and writes them to C, straight from its registers: shared memory is A's and B's alone.
 //
 // Two rings of stages of kDepth along k, A's and B's, each with a barrier `full` (bytes have come) and one `empty`
 // (their readers have gone). A stage of A is read by one warpgroup. A stage of B that stays is read by both and freed
@@ -16,7 +16,8 @@
 // Heads of 32 or 16 are packed: the tile is 64 columns of A and of C, which belong to two or four heads side by side,
 // and each head's columns are multiplied by its own rows of B, nothing by zeros.
 //
-// Loose operands, at no multiples of 16 bytes, are moved by threads instead of the copy engine (loose_sm90.cuh).
+// Loose operands, at no multiples of 16 bytes, are moved by threads (loose_sm90.cuh): such a C through a tile in shared
+// memory for each of the two or, where A needs the room, one that both take in turn.
 //
 // Every row is summed over k in steps of 16 from the lowest, into one float32 sum, whatever the tile: the same bits.
 #pragma once
@@ -44,15 +45,17 @@ struct Tile {
   static_assert(!gathers || !is_loose);
   static_assert(heads == 1 || (n == kDepth && !b_is_transposed));
   static constexpr int kBoxRowsOfB = n;  // when transposed
-  static constexpr int kABytes = m * kRowBytes, kBBytes = kHeadN * kRowBytes, kCBytes = m * n * 2;
+  static constexpr int kABytes = m * kRowBytes, kBBytes = kHeadN * kRowBytes;
+  static constexpr int kCBytes = m * n * 2;                  // in shared memory, where C is loose
   static constexpr int kPanels = (n + kDepth - 1) / kDepth;  // of C and of B: 64 columns each
 };
 
 struct Params {
   CUtensorMap a, b, c;
   const void* rows;  // A, when gathered
+  void* c_rows;      // C, when threads write it
   const int64_t* indices;
-  int64_t a_stride, a_batch_stride, a_rows;
+  int64_t a_stride, a_batch_stride, a_rows, c_stride, c_batch_stride;
   const int32_t* rows_given;  // null, or how many of the m rows are there
   const void* bias;
   int64_t bias_batch_stride;
@@ -62,7 +65,7 @@ struct Params {
   Cut cut;
 };
 
-// Shared memory, in this order; stages of A, stages of B, a tile of C for both warpgroups or for each, barriers.
+// Shared memory, in this order: stages of A, stages of B, one tile of a loose C or two, barriers.
 struct Barriers {
   uint64_t a_full[kMaxStages], a_empty[kMaxStages], b_full[kMaxStages], b_empty[kMaxStages];
 };
@@ -268,6 +271,34 @@ struct SummedRows {
   }
 };
 
+// Rounds a tile's sums, `thread`'s of a warpgroup, and writes those that C has room for. Four threads hold two columns
+// each of every 8; they exchange what they hold of 32, for 8 side by side each. Nothing branches here: between branches
+// each exchange would wait for the one before.
+template <class Tile, class Sums>
+__device__ void write_sums(const Params& params, const Sums& sums, int m, int head, int n_block, int m_block,
+                           int thread) {
+  using Element = typename Tile::Element;
+  const int warp = thread / kWarp, lane = thread % kWarp, column = n_block * Tile::kN + lane % 4 * 8;
+  Element* const to = static_cast<Element*>(params.c_rows) + head * params.c_batch_stride + column;
+#pragma unroll
+  for (int i = 0; i < 2 * (Tile::kM / 64); ++i) {
+    const int row = m_block * Tile::kM + i / 2 * 64 + warp * 16 + i % 2 * 8 + lane / 4;
+    Element* const at = to + row * params.c_stride;
+#pragma unroll
+    for (int j = 0; j < Tile::kN / 32; ++j) {
+      uint32_t words[4];
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        const int place = place_of_sums<Tile>(i / 2, j * 4 + x) + i % 2 * 2;
+        words[x] = pack(sums(place), sums(place + 1), Element{});
+      }
+      transpose(words, lane);
+      if (row < m && column + j * 32 < params.n)
+        *reinterpret_cast<uint4*>(at + j * 32) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+
 // The warpgroup's product, and how `produce` lays the stages: rows of A and columns of a transposed B 128 bytes apart;
 // else B in panels.
 template <class Tile>
@@ -299,7 +330,7 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
   const Cut& cut = params.cut;
   const int group = static_cast<int>(threadIdx.x) / kGroup - 1, thread = static_cast<int>(threadIdx.x) % kGroup;
   const bool signals = thread % kWarp == 0;
-  unsigned char* const c_tile = c_tiles + (cut.c_tiles == 2 ? group : 0) * Tile::kCBytes;
+  const bool shares_c = Tile::kLoose && cut.c_tiles == 1;
 
   typename Product<Tile>::Multiply multiply;
   const auto slice = multiply.get_slice(thread);
@@ -319,7 +350,6 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
   // The same of a tile of C that both share.
   const auto begin_store = [&] { cutlass::arch::NamedBarrier::sync(2 * kGroup, 4 + group); };
   const auto end_store = [&] { cutlass::arch::NamedBarrier::arrive(2 * kGroup, 4 + (1 - group)); };
-  const bool shares_c = cut.c_tiles == 1;
   if (group == 1) {  // the first turn is warpgroup 0's
     end_turn();
     if (shares_c) end_store();
@@ -388,28 +418,27 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
     if (!is_mine) continue;
 
     if (Tile::kGathers || params.bias) rows.finish(params, walk.head, walk.n_block, sums);
-    if (shares_c) {
-      begin_store();
-    } else {
-      if (thread == 0) tma_store_wait<0>();  // the tile before has been read out of c_tile
-      cutlass::arch::NamedBarrier::sync(kGroup, group);
+    const int as_thread = Tile::kLoose ? thread_anew() : thread;
+    if (!Tile::kLoose || !params.loose.c.data) {
+      write_sums<Tile>(params, sums, m, walk.head, walk.n_block, walk.m_block, as_thread);
+      continue;
     }
-    round_into<Tile>(c_tile, sums, Tile::kLoose ? thread_anew() : thread);
-    cutlass::arch::fence_view_async_shared();
-    cutlass::arch::NamedBarrier::sync(kGroup, group);
-    if (Tile::kLoose && params.loose.c.data) {
+    if constexpr (Tile::kLoose) {
+      unsigned char* const c_tile = c_tiles + (shares_c ? 0 : group) * Tile::kCBytes;
+      if (shares_c)
+        begin_store();
+      else
+        cutlass::arch::NamedBarrier::sync(kGroup, group);  // the tile before has been read out of c_tile
+      round_into<Tile>(c_tile, sums, as_thread);
+      cutlass::arch::NamedBarrier::sync(kGroup, group);
       const int row = walk.m_block * Tile::kM, column = walk.n_block * Tile::kN;
       store_box<Tile::kM, Tile::kN>(box_of(params.loose.c, walk.head, row, m, column, params.n), c_tile);
-    } else if (thread == 0) {
-      store_tile<Tile>(params, c_tile, walk.head, walk.n_block, walk.m_block);
-      if (shares_c) tma_store_wait<0>();
-    }
-    if (shares_c) {
-      __syncwarp();
-      end_store();
+      if (shares_c) {
+        __syncwarp();
+        end_store();
+      }
     }
   }
-  if (thread == 0) tma_store_wait<0>();
 }
 
 template <class Tile>
@@ -425,11 +454,9 @@ __global__ void __launch_bounds__(kThreads, 1) head_gemm_kernel(const __grid_con
   auto& barriers = *reinterpret_cast<Barriers*>(c_tiles + cut.c_tiles * Tile::kCBytes);
 
   const bool loose_a = Tile::kLoose && params.loose.a.data, loose_b = Tile::kLoose && params.loose.b.data;
-  const bool loose_c = Tile::kLoose && params.loose.c.data;
   if (threadIdx.x == kGroup) {
     if (!Tile::kGathers && !loose_a) cute::prefetch_tma_descriptor(&params.a);
     if (!loose_b) cute::prefetch_tma_descriptor(&params.b);
-    if (!loose_c) cute::prefetch_tma_descriptor(&params.c);
   }
   // One thread: the fence costs a microsecond and a half when sixteen share the work.
   if (threadIdx.x == 0) {

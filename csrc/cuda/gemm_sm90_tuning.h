@@ -47,6 +47,14 @@
 //     itself, 56 and 202.
 //   - One wave of small blocks, evenly dealt: 7.2 us with three blocks on some multiprocessors and one on others,
 //     5.9 with two on each (128 heads of 512 -> 128, 1 row). Reading B alone takes 5.2 to 5.6.
+//   - C straight from registers, 64 bytes of a row at a time, where tiles in shared memory waited for the copy engine:
+//     the matrix units had waited for A (512 -> 512 with 4, 3, 2 stages of A: 31, 37, 52 us), which has their room now.
+//     Predicted 31 -> 27 us there. Found, in one run: 30.7 -> 28.7; 20.6 -> 20.0 and 25.0 -> 24.4 at 256 -> 256 with
+//     4096 and 8192 rows, 11.8 -> 11.4 at 64 -> 64, 39.3 -> 38.3 with gathered rows; but 18.2 -> 18.6 with 16 heads of
+//     128, and 73.0 -> 73.9 at 256 -> 256 with 16384 rows. With a branch between one exchange of words and the next it
+//     was slower than through shared memory: 12.5 us at 64 -> 64.
+//   - No more stages of A than it takes: 49.1 -> 48.2 us at 512 -> 128, 5 instead of 6, 21.0 -> 20.4 at 256 -> 256, 8
+//     instead of 12; more in flight only keep C waiting.
 // In 22 shapes cuBLAS gave the very same bits.
 // Tried and left:
 //   - Padding a product whose sizes are no multiple of 8 for this kernel. Predicted from the copies' bytes: 1.2 to 1.4
@@ -74,6 +82,13 @@
 //   - Asking for the rows of 2, 4 or 8 tiles in L2 while B comes: the same (32 -> 32, 2 tiles) to 25 us slower
 //     (512 -> 128, 1024 rows, 8 tiles); it is one engine that asks.
 //   - Tiles wherever they fall on all multiprocessors, B brought for each, or for each two or four: 2 to 48 % slower.
+//   - C through the stages by which its A came, which waits for it then: predicted faster than one tile of C for both
+//     warpgroups at 512 -> 512, found 32 -> 38 us.
+//   - Asking for A in L2 a tile ahead, by one block of those that read it: the same at 512 -> 512, 3 to 20 % slower
+//     elsewhere.
+//   - TF32, B turned by threads for the matrix unit, which wants it along k: faster than cuBLAS only where heads are
+//     short (40 us for 48 at 32 -> 32, 22.5 for 25 at 64 -> 64; 138 for 114 at 128 -> 512, 72 for 57 at 256 -> 256),
+//     and 2.5 times as far from exact, since the matrix unit cuts what nobody has rounded.
 //
 // A copy of as many bytes (Tensor.copy_), measured alike, is not at the floor either: 0.91 at 256 -> 256, 4096 rows,
 // 0.90 at 128 -> 128, 8192 rows of 16 heads, 0.84 at 64 -> 64, 12608 rows, 0.91 at 32 -> 32, 0.975 at 128 -> 512, 1024
@@ -99,7 +114,7 @@ namespace mhmatmul::cuda::tuning {
 
 constexpr int64_t kLongestHead = 512;           // B of longer ones leaves no room for A
 constexpr int64_t kFewestColumns = 40;          // of a tile's 64: cuBLAS is 3 to 14 % faster at 8 to 32 of 128 inputs
-constexpr int kWantedBytesOfA = 48 << 10;       // in shared memory, under way or waiting
+constexpr int kLeastBytesOfA = 48 << 10;        // in shared memory, under way or waiting, before B takes more
 constexpr int64_t kBytesCacheKeeps = 32 << 20;  // of C; L2 has 50 or 60 MiB
 
 // For share_out: chosen by hand, not by measuring.
@@ -123,6 +138,9 @@ inline TileSize tile_size(const HeadGemm& gemm, int multiprocessors) {
   if (gemm.n > 128 && gemm.k <= 256 && tiles >= kMany && !gemm.indices) return {64, 256};
   return {128, 128};
 }
+
+// Of A, 64 along k, under way or waiting. Measured at heads of 64, 128, 256 and 512.
+inline int most_stages_of_a(const TileSize& tile) { return tile.m == 64 ? 8 : (tile.n == 64 ? 6 : 5); }
 
 // Whether a block shall hold a head's B in registers (held_sm90.cuh). Measured at 128 -> 512; how much less it may be
 // was chosen by hand: so much that no more than half of k and a quarter of n are for nothing.

@@ -78,6 +78,20 @@ __device__ constexpr int place_of_sums(int block, int j) {
   return ((j / kEights * kBlocks + block) * kEights + j % kEights) * 4;
 }
 
+// Each of four threads side by side holds a row of a 4 x 4 matrix of words, and then a column.
+__device__ inline void transpose(uint32_t (&words)[4], int lane) {
+#pragma unroll
+  for (int apart = 1; apart < 4; apart *= 2) {
+    const bool is_upper = lane & apart;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & apart) continue;
+      const uint32_t other = __shfl_xor_sync(~0u, is_upper ? words[i] : words[i + apart], apart);
+      (is_upper ? words[i] : words[i + apart]) = other;
+    }
+  }
+}
+
 // Rounds a tile's sums, `thread`'s of a warpgroup, into `to`: panels of 64 columns, kM rows of 128 bytes each, swizzled
 // as the copy engine reads.
 template <class Tile, class Sums>
