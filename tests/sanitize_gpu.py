@@ -29,7 +29,7 @@ CHOSEN = (
 TOOLS = {
     "memcheck": ("--leak-check", "no"),
     "racecheck": (),
-    "initcheck": (),
+    "initcheck": ("--show-backtrace", "no", "--print-limit", "1000000"),
     "synccheck": (),
 }
 FOUND = 99  # exit code of a tool that found something
@@ -43,6 +43,18 @@ def is_of_cublas_alone(output: str) -> bool:
     return (
         displayed is not None and len(kernels) == int(displayed[1]) > 0 and all(k.startswith(CUBLAS) for k in kernels)
     )
+
+
+def is_of_others_alone(output: str) -> bool:
+    """Whether no read reported is one of our kernels': the tool cannot see what the copy engine has written."""
+    kernels = re.findall(r"Uninitialized __global__ memory read.*\n=+ +at (.*)", output)
+    summary = re.search(r"ERROR SUMMARY: (\d+) errors", output)
+    return summary is not None and len(kernels) == int(summary[1]) > 0 and not any("mhmatmul" in k for k in kernels)
+
+
+def all_passed(output: str) -> bool:
+    """Whether pytest's last line says so; the tools count errors of their own."""
+    return re.search(r"^\d+ passed(?!.*(failed|error)).* in [\d.]+s", output, re.MULTILINE) is not None
 
 
 def main(arguments: list[str]) -> int:
@@ -76,8 +88,9 @@ def main(arguments: list[str]) -> int:
         output = result.stdout + result.stderr
         ran = re.search(r"GPU tests: (\d+) run", output)
         summary = re.search(r"(ERROR|RACECHECK) SUMMARY: .*", output)
-        tests_passed = ran is not None and int(ran.group(1)) > 0 and not re.search(r"\d+ (failed|error)", output)
-        clean = result.returncode == 0 or (result.returncode == FOUND and is_of_cublas_alone(output))
+        tests_passed = ran is not None and int(ran.group(1)) > 0 and all_passed(output)
+        excused = (is_of_cublas_alone if tool == "racecheck" else is_of_others_alone)(output)
+        clean = result.returncode == 0 or (result.returncode == FOUND and excused)
         good = tests_passed and clean and summary is not None
         failed += not good
         print(f"{tool}: {summary.group(0) if summary else 'no summary'}; {ran.group(0) if ran else 'no test ran'}")

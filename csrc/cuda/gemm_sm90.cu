@@ -26,10 +26,10 @@ Cut tiles_of(const HeadGemm& gemm, int multiprocessors) {
   return cut;
 }
 
-// `rows` of `width` elements of each head, where neither the copy engine nor threads can take 16 bytes at a time.
+// `rows` of `width` elements of each head, where the copy engine cannot take them.
 Loose loose(const void* data, int64_t rows, int64_t width, int64_t heads, int64_t stride, int64_t head_stride,
-            bool is_in_pieces = true) {
-  if (is_in_pieces && is_walkable(data, rows, stride, heads, head_stride)) return {};
+            bool is_loose = false) {
+  if (!is_loose && is_walkable(data, rows, stride, heads, head_stride)) return {};
   const auto* const elements = static_cast<const uint16_t*>(data);
   const bool in_words = reinterpret_cast<uintptr_t>(data) % sizeof(uint32_t) == 0 && width % 2 == 0 &&
                         stride % 2 == 0 && head_stride % 2 == 0;
@@ -38,9 +38,10 @@ Loose loose(const void* data, int64_t rows, int64_t width, int64_t heads, int64_
 
 LooseOperands loose_of(const HeadGemm& gemm) {
   const int64_t b_rows = gemm.b.transposed ? gemm.n : gemm.k, b_width = gemm.b.transposed ? gemm.k : gemm.n;
+  const bool is_c_in_pieces = gemm.n % 8 == 0;  // of 16 bytes, as threads write it
   return {loose(gemm.a, gemm.a_rows, gemm.k, gemm.batch, gemm.a_stride, gemm.a_batch_stride),
           loose(gemm.b.data, b_rows, b_width, gemm.batch, gemm.b.ld, gemm.b.batch_stride),
-          loose(gemm.c, gemm.m, gemm.n, gemm.batch, gemm.c_stride, gemm.c_batch_stride, gemm.n % 8 == 0)};
+          loose(gemm.c, gemm.m, gemm.n, gemm.batch, gemm.c_stride, gemm.c_batch_stride, !is_c_in_pieces)};
 }
 
 template <class Tile>
