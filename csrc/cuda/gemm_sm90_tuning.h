@@ -13,10 +13,10 @@
 //
 // Measured on that H200; ours with the tile that is chosen / cuBLAS 13.0 in microseconds (floor: the bytes at 4.25 TB/s
 // or FLOP at 794 TFLOP/s; 128 -> 512 in another run, at 4.15 and 766):
-//   heads of 128 -> 512, 1024 rows   51 / 59 (44)     heads of 512 -> 128, 1024 rows  48 / 52 (43)
-//   heads of 128 -> 512, 4096 rows  193 / 232 (166)   heads of 512 -> 128, 4096 rows 166 / 189 (162)
-//   16 heads 256 -> 256, 4096 rows   21 / 25 (16)     4 heads 512 -> 512, 8192 rows   31 / 31 (22)
-//   12 heads 64 -> 64, 12608 rows    12 / 14 (9)      16 heads 512 -> 512, 8192 rows 115 / 109 (87)
+//   heads of 128 -> 512, 1024 rows   51 / 59 (44)     heads of 512 -> 128, 1024 rows  47 / 51 (44)
+//   heads of 128 -> 512, 4096 rows  193 / 232 (166)   heads of 512 -> 128, 4096 rows 165 / 184 (163)
+//   16 heads 256 -> 256, 4096 rows   20 / 24 (16)     4 heads 512 -> 512, 8192 rows   28 / 32 (21)
+//   12 heads 64 -> 64, 12608 rows    11 / 14 (9)      16 heads 512 -> 512, 8192 rows 115 / 109 (87)*
 //   64 heads 64 -> 64, 8192 rows     38 / 42 (32)     32 heads 32 -> 32, 16384 rows   19 / 25 (16)
 //   32 heads 128 -> 128, 8192 rows   37 / 42 (32)     64 heads 16 -> 16, 8192 rows    10 / 22 (8)
 //   32 heads 384 -> 128, 8192 rows   67 / 76 (64)     16 heads 192 -> 192, 4096 rows  17 / 19 (12)
@@ -26,7 +26,8 @@
 //   32 heads 256 -> 256, 1 row      2.7 / 3.9 (1.0)   1 head 512 -> 4096, 64 rows    3.2 / 4.4 (1.1)
 //   128 heads 128 -> 512, 1 row     6.0 / 6.5 (4.0)   128 heads 512 -> 128, 64 rows  8.4 / 9.6 (6.4)
 // with rows gathered by index in flight (cuBLAS would need a copy of the rows first, 128 MiB more to move):
-//   32 heads 128 -> 128, 8192 of 65536 rows           40 (32)
+//   32 heads 128 -> 128, 8192 of 65536 rows           38 (32)
+// *: before C went from registers, and so may be slower than it need be; the rule below has not been looked at since.
 // What made the difference, in the order in which it was found:
 //   - Two warpgroups that wait for stages out of turn take a barrier's round for the one before: wrong sums. Now they
 //     take turns.
