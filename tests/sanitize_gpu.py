@@ -46,7 +46,10 @@ def is_of_cublas_alone(output: str) -> bool:
 
 
 def is_of_others_alone(output: str) -> bool:
-    """Whether no read reported is one of our kernels': the tool cannot see what the copy engine has written."""
+    """Whether no read reported is one of our kernels': the tool cannot see what the copy engine has written.
+
+    What was never written is therefore for the tests to find, which compare every element.
+    """
     kernels = re.findall(r"Uninitialized __global__ memory read.*\n=+ +at (.*)", output)
     summary = re.search(r"ERROR SUMMARY: (\d+) errors?", output)
     return summary is not None and len(kernels) == int(summary[1]) > 0 and not any("mhmatmul" in k for k in kernels)

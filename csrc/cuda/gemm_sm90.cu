@@ -26,7 +26,7 @@ Cut tiles_of(const HeadGemm& gemm, int multiprocessors) {
   return cut;
 }
 
-// `rows` of `width` elements of each head, where the copy engine cannot take them.
+// `rows` of `width` elements of each head, if they are said to be loose or the copy engine cannot take them.
 Loose loose(const void* data, int64_t rows, int64_t width, int64_t heads, int64_t stride, int64_t head_stride,
             bool is_loose = false) {
   if (!is_loose && is_walkable(data, rows, stride, heads, head_stride)) return {};

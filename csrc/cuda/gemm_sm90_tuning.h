@@ -52,9 +52,10 @@
 //     the matrix units had waited for A (512 -> 512 with 4, 3, 2 stages of A: 31, 37, 52 us), which has their room now.
 //     Predicted 31 -> 27 us there. Found, in one run: 30.7 -> 28.7; 20.6 -> 20.0 and 25.0 -> 24.4 at 256 -> 256 with
 //     4096 and 8192 rows, 11.8 -> 11.4 at 64 -> 64, 39.3 -> 38.3 with gathered rows; but 18.2 -> 18.6 with 16 heads of
-//     128, and 73.0 -> 73.9 at 256 -> 256 with 16384 rows; at 4096 rows of 32 heads, inputs or outputs of 34 to 130, 4
-//     to 15 % faster where A is loose, but 1 to 9 % slower at multiples of 8 below 128. With a branch between one
-//     exchange of words and the next it was slower than through shared memory: 12.5 us at 64 -> 64.
+//     128, and 73.0 -> 73.9 at 256 -> 256 with 16384 rows. Between two runs, at 4096 rows of 32 heads, inputs or
+//     outputs of 34 to 130: 6 to 15 % faster where A is loose, 11 % faster to 5 % slower where C is, 1 % faster to 9 %
+//     slower at multiples of 8. With a branch between one exchange of words and the next it was slower than through
+//     shared memory: 12.5 us at 64 -> 64.
 //   - No more stages of A than it takes: 49.1 -> 48.2 us at 512 -> 128, 5 instead of 6, 21.0 -> 20.4 at 256 -> 256, 8
 //     instead of 12; more in flight only keep C waiting.
 // In 22 shapes cuBLAS gave the very same bits.
@@ -86,10 +87,10 @@
 //   - Tiles wherever they fall on all multiprocessors, B brought for each, or for each two or four: 2 to 48 % slower.
 //   - C through the stages by which its A came, which waits for it then: predicted faster than one tile of C for both
 //     warpgroups at 512 -> 512, found 32 -> 38 us.
-//   - Asking for A in L2 a tile ahead, by one block of those that read it: the same at 512 -> 512, 3 to 20 % slower
+//   - Asking for A in L2 a tile ahead, by one block of those that read it: the same at 512 -> 512, 3 to 21 % slower
 //     elsewhere.
 //   - TF32, B turned by threads for the matrix unit, which wants it along k: faster than cuBLAS only where heads are
-//     short (40 us for 48 at 32 -> 32, 22.5 for 25 at 64 -> 64; 138 for 114 at 128 -> 512, 72 for 57 at 256 -> 256),
+//     short (40 us for 48 at 32 -> 32, 22.5 for 25 at 64 -> 64; 138 for 114 at 128 -> 512, 72 for 65 at 256 -> 256),
 //     and 2.5 times as far from exact, since the matrix unit cuts what nobody has rounded.
 //
 // A copy of as many bytes (Tensor.copy_), measured alike, is not at the floor either: 0.91 at 256 -> 256, 4096 rows,
