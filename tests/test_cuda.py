@@ -17,8 +17,9 @@ pytestmark = pytest.mark.gpu
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 # rows, nh, hd, e: large enough for the persistent kernel's dense form, one of each tile and of what does not divide;
-# blocks that stay with their head and runs of rows; heads packed by two and by four; one tile of C for both warpgroups;
-# a head's weight in registers
+# blocks that stay with their head and runs of rows; heads packed by two and by four; results that go through shared
+# memory, since rows end within a sector of memory, by a tile for each warpgroup and by one for both; a head's weight in
+# registers
 DENSE = [
     (12608, 12, 64, 64),
     (8192, 16, 128, 128),
@@ -35,6 +36,11 @@ DENSE = [
     (8192, 4, 512, 512),
     (1000, 100, 104, 456),
     (4001, 7, 128, 512),
+    (3001, 32, 192, 192),
+    (4001, 32, 120, 120),
+    (3000, 33, 200, 248),
+    (4096, 16, 448, 448),
+    (9001, 24, 72, 40),
 ]
 # rows, heads or columns that do not lie at multiples of 16 bytes, which the copy engine cannot take: A, B, C or all, in
 # words of two elements and element by element; a long head, a wide tile and a narrow one, in part; few rows, which are
@@ -68,13 +74,17 @@ ONE_WAVE = [
     (300, 4, 512, 512),
 ]
 # as small as each kernel is still taken for, for tools that make it a hundred times slower: one wave, persistent, the
-# weight in registers, packed heads, one tile of C for both warpgroups, at no multiples of 16 bytes
+# weight in registers, packed heads, long heads, through shared memory by two tiles and by one, 192 columns, at no
+# multiples of 16 bytes
 SMALL = [
     (64, 16, 128, 128),
     (600, 120, 128, 128),
     (200, 128, 128, 512),
     (1500, 64, 32, 32),
     (2000, 30, 512, 128),
+    (600, 120, 120, 120),
+    (1000, 33, 200, 256),
+    (700, 40, 128, 192),
     (1000, 18, 70, 130),
     (1000, 33, 67, 131),
 ]
@@ -93,6 +103,8 @@ GATHERED = [
     (700, 512, 3, 65, 67),
     (64, 4096, 7, 128, 129),
     (3000, 1000, 5, 262, 136),
+    (2000, 1500, 20, 120, 120),
+    (2000, 1500, 20, 200, 192),
     pytest.param((200, 333, 4, 72, 136), id="little"),
 ]
 
@@ -210,7 +222,7 @@ def test_which_kernel_is_taken(dtype):
     assert any("one_wave" in name for name in kernels_of(lambda: ops.head_matmul(input[:100], weight)))
     wide = torch.randn(16, 128, 512, device="cuda", dtype=dtype)
     assert any("held" in name for name in kernels_of(lambda: ops.head_matmul(input, wide)))
-    for (m, nh, hd, e), own in zip(SMALL, ("one_wave", "head_gemm", "held", *4 * ["head_gemm"]), strict=True):
+    for (m, nh, hd, e), own in zip(SMALL, ("one_wave", "head_gemm", "held", *7 * ["head_gemm"]), strict=True):
         small = [torch.randn(*sizes, device="cuda", dtype=dtype) for sizes in ((m, nh, hd), (nh, hd, e))]
         assert any(own in name for name in kernels_of(lambda small=small: ops.head_matmul(*small))), (m, nh, hd, e)
     odd = weight[..., 1:]  # not aligned as the copy engine wants it

@@ -22,7 +22,10 @@ def library(tmp_path_factory):
     command = [compiler, "-std=c++17", "-shared", "-fPIC", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     subprocess.run([*command, "-I", ROOT / "csrc", source, "-o", target], check=True)
     library = ctypes.CDLL(str(target))
-    library.blocks_of.restype = library.groups_of.restype = library.tiles_of.restype = ctypes.c_int64
+    for name in ("blocks_of", "groups_of", "most_groups_of", "most_tiles_of", "tiles_of"):
+        getattr(library, name).restype = ctypes.c_int64
+    library.tile_size_of.argtypes = [*4 * [ctypes.c_int64], ctypes.c_bool, ctypes.c_int, ctypes.c_void_p]
+    library.tile_size_of.restype = ctypes.c_bool
     return library
 
 
@@ -51,10 +54,12 @@ def test_walk(library, heads, m_blocks, n_blocks, multiprocessors, left_out):
     given = max(0, m_blocks - left_out)  # what the device finds, of the most that the host expects
     blocks = library.blocks_of(*cut)
     assert 1 <= blocks <= max(multiprocessors, 1)
-    seen, groups = [], 0
+    seen, groups, most = [], 0, [0, 0]
     for block in range(blocks):
         tiles = tiles_of(library, cut, given, block)
-        groups += sum(tile[3] for tile in tiles)
+        own = sum(tile[3] for tile in tiles)
+        groups += own
+        most = [max(most[0], own), max(most[1], len(tiles))]
         seen += [tile[:3] for tile in tiles]
         for _, same in groupby(tiles, key=lambda tile: tile[:2]):
             group = list(same)
@@ -67,6 +72,61 @@ def test_walk(library, heads, m_blocks, n_blocks, multiprocessors, left_out):
     assert sorted(seen) == sorted(product(range(n_blocks), range(heads), range(given))), "every tile once"
     assert groups <= library.groups_of(*cut)
     assert groups == library.groups_of(*cut) or given < m_blocks
+    assert most[0] <= library.most_groups_of(*cut)
+    assert most[0] == library.most_groups_of(*cut) or given < m_blocks
+    assert most[1] <= library.most_tiles_of(*cut), "a last run may be shorter"
+
+
+TILES = {(128, 128), (64, 256), (64, 192), (128, 64), (64, 128)}
+
+
+def tile_of(library, m, heads, k, n, gathers=False, multiprocessors=132):
+    tile = (ctypes.c_int * 2)()
+    is_taken = library.tile_size_of(m, heads, k, n, gathers, multiprocessors, tile)
+    return tuple(tile), is_taken
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    m=st.integers(1, 2**31 - 300),
+    heads=st.integers(1, 300),
+    k=st.integers(1, 600),
+    n=st.integers(1, 5000),
+    gathers=st.booleans(),
+    multiprocessors=st.integers(1, 140),
+)
+@example(m=2**31 - 300, heads=1, k=512, n=1, gathers=False, multiprocessors=1)
+def test_every_product_has_a_tile(library, m, heads, k, n, gathers, multiprocessors):
+    tile, is_taken = tile_of(library, m, heads, k, n, gathers, multiprocessors)
+    assert tile in TILES or k > 512
+    assert not (gathers and tile == (64, 256)), "no registers for gathered rows"
+    if is_taken:
+        assert k <= 512
+        pieces_of_b, stages_of_a = tile[1] * -(-k // 64) * 128, 2 * tile[0] * 128
+        assert pieces_of_b + stages_of_a <= 224 * 1024, "B stays in shared memory, beside two stages of A"
+
+
+def test_which_tile_and_whether(library):
+    """On 132 multiprocessors, as measured: sizes of published models, and what is between them."""
+    for m, heads, k, n, tile, is_taken in (
+        (8192, 10, 256, 256, (64, 256), True),
+        (8192, 4, 512, 512, (128, 128), True),
+        (8192, 16, 512, 512, (128, 128), True),
+        (2048, 64, 512, 512, (128, 128), False),  # two pieces of B for each block
+        (8192, 64, 64, 64, (128, 64), True),
+        (8192, 16, 128, 128, (128, 128), True),
+        (4096, 128, 512, 128, (128, 128), True),
+        (4096, 16, 192, 192, (64, 192), True),
+        (4096, 32, 128, 384, (64, 192), True),
+        (4096, 1, 4096, 4096, None, False),
+        (64, 16, 256, 256, None, False),
+        (4096, 32, 128, 16, None, False),
+    ):
+        found = tile_of(library, m, heads, k, n)
+        assert found[1] == is_taken, (m, heads, k, n)
+        assert tile is None or found[0] == tile, (m, heads, k, n)
+    for n, tile in ((64, (128, 64)), (128, (128, 128)), (192, (64, 192)), (256, (128, 128)), (512, (128, 128))):
+        assert tile_of(library, 8192, 32, 128, n, gathers=True) == (tile, True)
 
 
 @settings(max_examples=200, deadline=None)

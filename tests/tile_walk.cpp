@@ -1,8 +1,10 @@
-// tile_walk.h and backward_walk.h for Python's ctypes.
+// tile_walk.h, gemm_sm90_tuning.h and backward_walk.h for Python's ctypes.
 #include "cuda/tile_walk.h"
 #include "cuda/backward_walk.h"
+#include "cuda/gemm_sm90_tuning.h"
 
 using namespace mhmatmul::cuda::sm90;
+namespace tuning = mhmatmul::cuda::tuning;
 
 namespace {
 Cut shared_out(int heads, int m_blocks, int n_blocks, int multiprocessors) {
@@ -10,7 +12,7 @@ Cut shared_out(int heads, int m_blocks, int n_blocks, int multiprocessors) {
   cut.heads = heads;
   cut.m_blocks = m_blocks;
   cut.n_blocks = n_blocks;
-  share_out(cut, multiprocessors, /*tiles_per_piece=*/0.5, /*staying=*/0.9);
+  share_out(cut, multiprocessors, tuning::kTilesPerPiece, tuning::kStaying);
   return cut;
 }
 }  // namespace
@@ -23,6 +25,24 @@ extern "C" int64_t blocks_of(int heads, int m_blocks, int n_blocks, int multipro
 // How many groups of tiles these have.
 extern "C" int64_t groups_of(int heads, int m_blocks, int n_blocks, int multiprocessors) {
   return shared_out(heads, m_blocks, n_blocks, multiprocessors).groups();
+}
+
+// How many groups and how many tiles has the block that has most of them.
+extern "C" int64_t most_groups_of(int heads, int m_blocks, int n_blocks, int multiprocessors) {
+  return shared_out(heads, m_blocks, n_blocks, multiprocessors).most_groups();
+}
+extern "C" int64_t most_tiles_of(int heads, int m_blocks, int n_blocks, int multiprocessors) {
+  return shared_out(heads, m_blocks, n_blocks, multiprocessors).most_tiles();
+}
+
+// The tile of a product, rows and columns; whether the product is taken.
+extern "C" bool tile_size_of(int64_t m, int64_t heads, int64_t k, int64_t n, bool gathers, int multiprocessors,
+                             int* tile) {
+  const tuning::Sizes sizes{m, n, k, heads, gathers};
+  const tuning::TileSize size = tuning::tile_size(sizes, multiprocessors);
+  tile[0] = size.m;
+  tile[1] = size.n;
+  return tuning::prefers_sm90(sizes, multiprocessors);
 }
 
 // Of a walk over the first `given` blocks of rows, writes at most `capacity` tiles as (n_block, head, m_block, is first

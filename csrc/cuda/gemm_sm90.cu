@@ -14,16 +14,13 @@ namespace {
 
 using namespace sm90;
 
-template <class Tile>
-Cut tiles_of(const HeadGemm& gemm, int multiprocessors) {
-  const auto blocks = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
-  Cut cut{};
-  cut.m_blocks = blocks(gemm.m, Tile::kM);
-  cut.n_blocks = blocks(gemm.n, Tile::kN);
-  cut.k_blocks = blocks(gemm.k, kDepth);
-  cut.heads = static_cast<int>(gemm.batch);
-  share_out(cut, multiprocessors, tuning::kTilesPerPiece, tuning::kStaying);
-  return cut;
+tuning::Sizes sizes_of(const HeadGemm& gemm) { return {gemm.m, gemm.n, gemm.k, gemm.batch, gemm.indices != nullptr}; }
+
+// Whether rows of `width` elements of each head begin or end within what memory moves at a time.
+bool splits_sectors(const void* data, int64_t width, int64_t stride, int64_t head_stride) {
+  constexpr int64_t kSector = 32;
+  return reinterpret_cast<uintptr_t>(data) % kSector != 0 ||
+         (width | stride | head_stride) * kElementSize % kSector != 0;
 }
 
 // `rows` of `width` elements of each head, if they are said to be loose or the copy engine cannot take them.
@@ -46,12 +43,18 @@ LooseOperands loose_of(const HeadGemm& gemm) {
 
 template <class Tile>
 Cut cut(const HeadGemm& gemm, int multiprocessors) {
-  Cut cut = tiles_of<Tile>(gemm, multiprocessors);
-  // B stays where A keeps two stages; the warpgroups share a tile of a loose C where A would else have too little.
+  constexpr tuning::TileSize kSize{Tile::kM, Tile::kN};
+  const tuning::Sizes sizes = sizes_of(gemm);
+  Cut cut = tuning::cut_of(sizes, kSize, multiprocessors);
+  const bool a_splits = splits_sectors(gemm.a, gemm.k, gemm.a_stride, gemm.a_batch_stride);
+  const bool c_splits = splits_sectors(gemm.c, gemm.n, gemm.c_stride, gemm.c_batch_stride);
+  // B stays where A keeps two stages; the warpgroups share a tile of C where A would else have too little.
   constexpr int kBytes = kSharedBytes - kFixedBytes;
   const auto room_for_a = [&] { return kBytes - cut.c_tiles * Tile::kCBytes - cut.b_stages * Tile::kBBytes; };
   cut.b_stages = cut.k_blocks;
-  cut.c_tiles = Tile::kLoose && loose_of(gemm).c.data ? 2 : 0;
+  const bool through_tiles =
+      Tile::kLoose ? loose_of(gemm).c.data != nullptr : tuning::prefers_tiles_of_c(sizes, a_splits, c_splits);
+  cut.c_tiles = through_tiles ? 2 : 0;
   if (cut.c_tiles > 0 && room_for_a() < tuning::kLeastBytesOfA) cut.c_tiles = 1;
   cut.b_stays = cut.k_blocks <= kMaxStages && room_for_a() >= 2 * Tile::kABytes;
   if (!cut.b_stays) {
@@ -66,7 +69,8 @@ Cut cut(const HeadGemm& gemm, int multiprocessors) {
     const int wanted = cut.m_blocks == 1 ? kMaxStages : 2 * cut.k_blocks;
     cut.b_stages = std::min({kMaxStages, wanted, cut.k_blocks + spare});
   }
-  cut.a_stages = std::min(tuning::most_stages_of_a({Tile::kM, Tile::kN}), room_for_a() / Tile::kABytes);
+  const int most = tuning::most_stages_of_a(kSize, sizes, !Tile::kLoose && c_splits);
+  cut.a_stages = std::min(most, room_for_a() / Tile::kABytes);
   return cut;
 }
 
@@ -172,8 +176,9 @@ bool launch_one_wave(const HeadGemm& gemm, cudaStream_t stream) {
 // Where it is preferred and each block has one group of tiles.
 template <class Tile>
 bool launch_held(const HeadGemm& gemm, cudaStream_t stream) {
-  if (!tuning::prefers_held(gemm)) return false;
-  const Cut cut = tiles_of<Tile>(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  if (!tuning::prefers_held(sizes_of(gemm))) return false;
+  const Cut cut =
+      tuning::cut_of(sizes_of(gemm), {Tile::kM, Tile::kN}, attribute_of_device(cudaDevAttrMultiProcessorCount));
   if (cut.groups() != cut.blocks) return false;
   check(cudaFuncSetAttribute(held_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "cudaFuncSetAttribute");
@@ -218,9 +223,9 @@ void launch_packed(const HeadGemm& gemm, cudaStream_t stream) {
 
 template <class Element, int m, int n>
 void launch_tile(const HeadGemm& gemm, cudaStream_t stream) {
-  if (gemm.indices) {
-    if (gemm.b.transposed) return launch<Tile<Element, m, n, true, true>>(gemm, stream);
-    return launch<Tile<Element, m, n, true, false>>(gemm, stream);
+  if constexpr (n < 256) {  // tuning::tile_size has no wider ones for gathered rows
+    if (gemm.indices && gemm.b.transposed) return launch<Tile<Element, m, n, true, true>>(gemm, stream);
+    if (gemm.indices) return launch<Tile<Element, m, n, true, false>>(gemm, stream);
   }
   if (gemm.b.transposed) return launch<Tile<Element, m, n, false, true>>(gemm, stream);
   return launch<Tile<Element, m, n, false, false>>(gemm, stream);
@@ -249,9 +254,10 @@ void launch_element(const HeadGemm& whole, cudaStream_t stream) {
   const HeadGemm gemm = packed(whole);
   if (heads == 2) return launch_packed<Element, 2>(gemm, stream);
   if (heads == 4) return launch_packed<Element, 4>(gemm, stream);
-  const auto tile = tuning::tile_size(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  const auto tile = tuning::tile_size(sizes_of(gemm), attribute_of_device(cudaDevAttrMultiProcessorCount));
   if (tile.n == 64) return launch_tile<Element, 128, 64>(gemm, stream);
   if (tile.n == 256) return launch_tile<Element, 64, 256>(gemm, stream);
+  if (tile.n == 192) return launch_tile<Element, 64, 192>(gemm, stream);
   if (tile.m == 64) return launch_tile<Element, 64, 128>(gemm, stream);
   return launch_tile<Element, 128, 128>(gemm, stream);
 }
@@ -265,9 +271,10 @@ bool takes_sm90(const HeadGemm& gemm) {
     if (size < 1 || size > kLargest) return false;
   const int multiprocessors = attribute_of_device(cudaDevAttrMultiProcessorCount);
   const LooseOperands loose = loose_of(gemm);
-  if (loose.any()) return !gemm.indices && tuning::prefers_loose(gemm, loose.in_words(), multiprocessors);
+  if (loose.any())
+    return !gemm.indices && tuning::prefers_loose(sizes_of(gemm), loose.a.in_elements(), multiprocessors);
   if (gemm.indices && gemm.k % (kAlignment / kElementSize) != 0) return false;  // copied in whole 16 bytes
-  return is_one_wave(gemm, multiprocessors) || tuning::prefers_sm90(packed(gemm), multiprocessors);
+  return is_one_wave(gemm, multiprocessors) || tuning::prefers_sm90(sizes_of(packed(gemm)), multiprocessors);
 }
 
 void run_sm90(const HeadGemm& gemm, cudaStream_t stream) {

@@ -7,7 +7,8 @@
 //
 // Three warpgroups. The first brings A and B: by the bulk copy engine, or, when rows are gathered, A by cp.async, one
 // thread per 16 bytes. The other two take tiles in turn (ping-pong): while one multiplies, the other rounds its sums
-// and writes them to C, straight from its registers: shared memory is A's and B's alone.
+// and writes them to C: straight from its registers, or through a tile in shared memory, of its own or, where A needs
+// the room, one that both take in turn.
 //
 // Two rings of stages of kDepth along k, A's and B's, each with a barrier `full` (bytes have come) and one `empty`
 // (their readers have gone). A stage of A is read by one warpgroup. A stage of B that stays is read by both and freed
@@ -16,8 +17,7 @@
 // Heads of 32 or 16 are packed: the tile is 64 columns of A and of C, which belong to two or four heads side by side,
 // and each head's columns are multiplied by its own rows of B, nothing by zeros.
 //
-// Loose operands, at no multiples of 16 bytes, are moved by threads (loose_sm90.cuh): such a C through a tile in shared
-// memory for each of the two or, where A needs the room, one that both take in turn.
+// Loose operands, at no multiples of 16 bytes, are moved by threads (loose_sm90.cuh).
 //
 // Every row is summed over k in steps of 16 from the lowest, into one float32 sum, whatever the tile: the same bits.
 #pragma once
@@ -46,7 +46,7 @@ struct Tile {
   static_assert(heads == 1 || (n == kDepth && !b_is_transposed));
   static constexpr int kBoxRowsOfB = n;  // when transposed
   static constexpr int kABytes = m * kRowBytes, kBBytes = kHeadN * kRowBytes;
-  static constexpr int kCBytes = m * n * 2;                  // in shared memory, where C is loose
+  static constexpr int kCBytes = m * n * 2;                  // where C goes through shared memory
   static constexpr int kPanels = (n + kDepth - 1) / kDepth;  // of C and of B: 64 columns each
 };
 
@@ -65,7 +65,7 @@ struct Params {
   Cut cut;
 };
 
-// Shared memory, in this order: stages of A, stages of B, one tile of a loose C or two, barriers.
+// Shared memory, in this order: stages of A, stages of B, tiles of C, barriers.
 struct Barriers {
   uint64_t a_full[kMaxStages], a_empty[kMaxStages], b_full[kMaxStages], b_empty[kMaxStages];
 };
@@ -330,7 +330,7 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
   const Cut& cut = params.cut;
   const int group = static_cast<int>(threadIdx.x) / kGroup - 1, thread = static_cast<int>(threadIdx.x) % kGroup;
   const bool signals = thread % kWarp == 0;
-  const bool shares_c = Tile::kLoose && cut.c_tiles == 1;
+  const bool shares_c = cut.c_tiles == 1;
 
   typename Product<Tile>::Multiply multiply;
   const auto slice = multiply.get_slice(thread);
@@ -419,26 +419,33 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
 
     if (Tile::kGathers || params.bias) rows.finish(params, walk.head, walk.n_block, sums);
     const int as_thread = Tile::kLoose ? thread_anew() : thread;
-    if (!Tile::kLoose || !params.loose.c.data) {
+    if (cut.c_tiles == 0) {
       write_sums<Tile>(params, sums, m, walk.head, walk.n_block, walk.m_block, as_thread);
       continue;
     }
+    unsigned char* const c_tile = c_tiles + (shares_c ? 0 : group) * Tile::kCBytes;
+    if (shares_c) {
+      begin_store();
+    } else {
+      if (!Tile::kLoose && thread == 0) tma_store_wait<0>();
+      cutlass::arch::NamedBarrier::sync(kGroup, group);  // the tile before has been read out of c_tile
+    }
+    round_into<Tile>(c_tile, sums, as_thread);
+    if (!Tile::kLoose) cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::sync(kGroup, group);
     if constexpr (Tile::kLoose) {
-      unsigned char* const c_tile = c_tiles + (shares_c ? 0 : group) * Tile::kCBytes;
-      if (shares_c)
-        begin_store();
-      else
-        cutlass::arch::NamedBarrier::sync(kGroup, group);  // the tile before has been read out of c_tile
-      round_into<Tile>(c_tile, sums, as_thread);
-      cutlass::arch::NamedBarrier::sync(kGroup, group);
       const int row = walk.m_block * Tile::kM, column = walk.n_block * Tile::kN;
       store_box<Tile::kM, Tile::kN>(box_of(params.loose.c, walk.head, row, m, column, params.n), c_tile);
-      if (shares_c) {
-        __syncwarp();
-        end_store();
-      }
+    } else if (thread == 0) {
+      store_tile<Tile>(params, c_tile, walk.head, walk.n_block, walk.m_block);
+      if (shares_c) tma_store_wait<0>();
+    }
+    if (shares_c) {
+      __syncwarp();
+      end_store();
     }
   }
+  if (thread == 0) tma_store_wait<0>();
 }
 
 template <class Tile>
@@ -457,6 +464,7 @@ __global__ void __launch_bounds__(kThreads, 1) head_gemm_kernel(const __grid_con
   if (threadIdx.x == kGroup) {
     if (!Tile::kGathers && !loose_a) cute::prefetch_tma_descriptor(&params.a);
     if (!loose_b) cute::prefetch_tma_descriptor(&params.b);
+    if (!Tile::kLoose && cut.c_tiles > 0) cute::prefetch_tma_descriptor(&params.c);
   }
   // One thread: the fence costs a microsecond and a half when sixteen share the work.
   if (threadIdx.x == 0) {

@@ -1,5 +1,15 @@
 // When the Hopper kernel is taken and with which tile: every number that was found by measuring, and how.
 //
+// The rules come from products drawn by lot, since those that were made for the sizes of models were wrong between
+// them: 1719 products at multiples of 8, heads of 48 to 512, 40 to 4096 columns, 1 to 256 heads, 256 to 16384 rows,
+// each with all tiles and with cuBLAS, whose time is 1 here (geometric means, H200, bfloat16):
+//   the rules before                                      1.023
+//   the best tile, or cuBLAS where it is faster           0.921
+//   the rules below                                       0.942
+//   the same for 1406 other products, drawn afterwards    0.947 (7 % of them are over 5 % slower)
+// Gathered rows, 453 products: 0.74 of index_select and bmm. Loose sizes, 593: 0.75 of bmm(out=). benchmarks/gpu_lot.py
+// draws others.
+//
 // Where blocks shall work is a matter of memory alone, so it was looked for with a kernel that only copies tiles, no
 // mathematics, on an H200 (132 SMs), bfloat16, replays of a CUDA graph over operands that L2 does not hold; of the
 // floor that a copy of 1 GiB gives, heads of 128 -> 128, 8192 rows of 32 heads:
@@ -11,12 +21,12 @@
 //   cudaMemcpyAsync of as many bytes                                        0.95
 // So blocks go down the rows side by side (tile_walk.h). Predicted from it: 1.06 to 1.1 times the speed before.
 //
-// Measured on that H200; ours with the tile that is chosen / cuBLAS 13.0 in microseconds (floor: the bytes at 4.25 TB/s
-// or FLOP at 794 TFLOP/s; 128 -> 512 in another run, at 4.15 and 766):
+// Measured on such H200s; ours with the tile that is chosen / cuBLAS 13.0 in microseconds (floor: the bytes at 4.2 TB/s
+// or FLOP at 794 to 798 TFLOP/s), in several runs:
 //   heads of 128 -> 512, 1024 rows   51 / 59 (44)     heads of 512 -> 128, 1024 rows  47 / 51 (44)
-//   heads of 128 -> 512, 4096 rows  193 / 232 (166)   heads of 512 -> 128, 4096 rows 165 / 184 (163)
-//   16 heads 256 -> 256, 4096 rows   20 / 24 (16)     4 heads 512 -> 512, 8192 rows   28 / 32 (21)
-//   12 heads 64 -> 64, 12608 rows    11 / 14 (9)      16 heads 512 -> 512, 8192 rows 115 / 109 (87)*
+//   heads of 128 -> 512, 4096 rows  193 / 232 (163)   heads of 512 -> 128, 4096 rows 165 / 184 (163)
+//   16 heads 256 -> 256, 4096 rows   20 / 24 (16)     4 heads 512 -> 512, 8192 rows   29 / 32 (22)
+//   12 heads 64 -> 64, 12608 rows    12 / 14 (9)      16 heads 512 -> 512, 8192 rows 117 / 134 (87)*
 //   64 heads 64 -> 64, 8192 rows     38 / 42 (32)     32 heads 32 -> 32, 16384 rows   19 / 25 (16)
 //   32 heads 128 -> 128, 8192 rows   37 / 42 (32)     64 heads 16 -> 16, 8192 rows    10 / 22 (8)
 //   32 heads 384 -> 128, 8192 rows   67 / 76 (64)     16 heads 192 -> 192, 4096 rows  17 / 19 (12)
@@ -27,7 +37,7 @@
 //   128 heads 128 -> 512, 1 row     6.0 / 6.5 (4.0)   128 heads 512 -> 128, 64 rows  8.4 / 9.6 (6.4)
 // with rows gathered by index in flight (cuBLAS would need a copy of the rows first, 128 MiB more to move):
 //   32 heads 128 -> 128, 8192 of 65536 rows           38 (32)
-// *: before C went from registers, and so may be slower than it need be; the rule below has not been looked at since.
+// *: 107 / 115 in another run, with operands in L2.
 // What made the difference, in the order in which it was found:
 //   - Two warpgroups that wait for stages out of turn take a barrier's round for the one before: wrong sums. Now they
 //     take turns.
@@ -56,10 +66,21 @@
 //     outputs of 34 to 130: 6 to 15 % faster where A is loose, 11 % faster to 5 % slower where C is, 1 % faster to 9 %
 //     slower at multiples of 8. With a branch between one exchange of words and the next it was slower than through
 //     shared memory: 12.5 us at 64 -> 64.
+//   - C through shared memory and the copy engine where rows of A or C are no multiples of 32 bytes, since parts of a
+//     sector that are written apart cost more than their bytes. Predicted: 2 to 9 % at heads of up to 128. Found:
+//     nothing where rows are such multiples; else, at 4096 rows of 32 heads, 24.9 -> 21.2 us at 128 -> 120, 156 -> 143
+//     at 128 -> 1000, 20.9 -> 20.1 at 120 -> 128. With three stages of A, so that blocks remain together, 20.4 and 116;
+//     gathered, 120 -> 120, 57 -> 45. Over 256 inputs little or nothing.
+//   - Tiles of 64 x 192: at 136 to 192 and at 264 to 384 columns the tile before took 9 to 20 % longer than the best,
+//     which is mostly this one.
+//   - Long heads taken from cuBLAS again, now that C goes from registers: 134 -> 117 us at 16 heads of 512 -> 512, 143
+//     -> 92 at 448 -> 448, 66 -> 56 at 4 heads of 512 -> 2048. With two pieces of B for each block, 64 heads: 152, and
+//     129 are cuBLAS's.
 //   - No more stages of A than it takes: 49.1 -> 48.2 us at 512 -> 128, 5 instead of 6, 21.0 -> 20.4 at 256 -> 256, 8
 //     instead of 12; more in flight only keep C waiting.
 // In 22 shapes cuBLAS gave the very same bits.
 // Tried and left:
+//   - C from registers to be evicted first: 0.7 % faster to 1.7 % slower, where tiles through shared memory gained 5 %.
 //   - Padding a product whose sizes are no multiple of 8 for this kernel. Predicted from the copies' bytes: 1.2 to 1.4
 //     times cuBLAS's speed. Found: 0.5 to 0.8; ATen's copies of odd rows run at a third of the memory's rate. Such
 //     sizes cost cuBLAS 2.5 to 3 times the floor (4096 rows, 32 heads of 127 to 128: 58 us, of 128: 27 us, H100).
@@ -107,13 +128,20 @@
 // -> 128, 36 -> 25 at 126 -> 128; cp.async for words, which needs no registers. More registers than the block was
 // launched with cannot be had: warpgroups that ask for them wait for ever.
 //
-// ptxas 13.0: 168 registers at launch in the persistent kernels, 122 where they hold B, 58 and 90 in those of one wave,
-// no spills; 56 for the gathering threads were too few, 120 for those that move elements.
+// ptxas 13.0: 168 registers at launch in the persistent kernels, 122 where they hold B, 58 to 92 in those of one wave,
+// no spills (8 bytes with gathered rows in tiles of 64 x 256, which are not built); 56 for the gathering threads were
+// too few, 120 for those that move elements.
 #pragma once
 
-#include "gemm_sm90.h"
+#include "tile_walk.h"
 
 namespace mhmatmul::cuda::tuning {
+
+// What of a product decides: A [m, k] by B [k, n] for each head, and whether A's rows are gathered.
+struct Sizes {
+  int64_t m, n, k, heads;
+  bool gathers;
+};
 
 constexpr int64_t kLongestHead = 512;           // B of longer ones leaves no room for A
 constexpr int64_t kFewestColumns = 40;          // of a tile's 64: cuBLAS is 3 to 14 % faster at 8 to 32 of 128 inputs
@@ -124,61 +152,110 @@ constexpr int64_t kBytesCacheKeeps = 32 << 20;  // of C; L2 has 50 or 60 MiB
 constexpr double kTilesPerPiece = 0.5, kStaying = 0.9;
 
 struct TileSize {
-  int m, n;  // 128 x 64, 64 x 128, 128 x 128 or 64 x 256
+  int m, n;
 };
 
-// How many tiles of 8192 elements of C there are, the smallest.
-inline double smallest_tiles(const HeadGemm& gemm) {
-  const auto of = [](int64_t size, int64_t block) { return (size + block - 1) / block; };
-  return static_cast<double>(gemm.batch * (gemm.n <= 64 ? of(gemm.m, 128) : of(gemm.m, 64) * of(gemm.n, 128)));
+// The first of those that cost the same.
+constexpr TileSize kTileSizes[] = {{128, 128}, {64, 256}, {64, 192}, {128, 64}, {64, 128}};
+
+// The longest heads whose piece of B leaves A what it needs.
+inline int64_t longest_head(const TileSize& tile) { return tile.n == 256 ? 320 : (tile.n == 192 ? 448 : kLongestHead); }
+
+inline sm90::Cut cut_of(const Sizes& sizes, const TileSize& tile, int multiprocessors) {
+  const auto blocks = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
+  sm90::Cut cut{};
+  cut.m_blocks = blocks(sizes.m, tile.m);
+  cut.n_blocks = blocks(sizes.n, tile.n);
+  cut.k_blocks = blocks(sizes.k, sm90::kDepth);
+  cut.heads = static_cast<int>(sizes.heads);
+  share_out(cut, multiprocessors, kTilesPerPiece, kStaying);
+  return cut;
 }
 
-inline TileSize tile_size(const HeadGemm& gemm, int multiprocessors) {
-  constexpr double kFew = 3.5, kMany = 14;  // of each multiprocessor
-  const double tiles = smallest_tiles(gemm) / multiprocessors;
-  if (gemm.n <= 64) return {128, 64};
-  if (tiles < kFew) return {64, 128};
-  if (gemm.n > 128 && gemm.k <= 256 && tiles >= kMany && !gemm.indices) return {64, 256};
-  return {128, 128};
+// What keeps the busiest block: a row of a tile costs as much as its columns and these, 64 along k of a piece of B as
+// much as so many rows of it.
+inline double cost(const sm90::Cut& cut, const TileSize& tile) {
+  constexpr double kColumnsOfRow = 128, kRowsOfPiece = 48;
+  return static_cast<double>(cut.most_tiles()) * tile.m * (tile.n + kColumnsOfRow) +
+         static_cast<double>(cut.most_groups()) * cut.k_blocks * tile.n * kRowsOfPiece;
 }
 
-// Of A, 64 along k, under way or waiting. Measured at heads of 64, 128, 256 and 512.
-inline int most_stages_of_a(const TileSize& tile) { return tile.m == 64 ? 8 : (tile.n == 64 ? 6 : 5); }
+inline TileSize tile_size(const Sizes& sizes, int multiprocessors) {
+  if (sizes.gathers) {  // rows cost more: 64 x 256 has no registers for them, and 64 x 128 brings them twice as often
+    if (sizes.n <= 64) return {128, 64};
+    const TileSize wide{64, 192};
+    return sizes.n > 128 && sizes.n <= wide.n && sizes.k <= longest_head(wide) ? wide : TileSize{128, 128};
+  }
+  TileSize best{};
+  double least = 0;
+  for (const TileSize& tile : kTileSizes) {
+    if (sizes.k > longest_head(tile)) continue;
+    const double own = cost(cut_of(sizes, tile, multiprocessors), tile);
+    if (best.m > 0 && own >= least) continue;
+    best = tile;
+    least = own;
+  }
+  return best;
+}
+
+// Whether C goes through shared memory and by the copy engine: where rows begin or end within a sector of memory, that
+// is 32 bytes, it writes less of them in parts.
+inline bool prefers_tiles_of_c(const Sizes& sizes, bool a_splits_sectors, bool c_splits_sectors) {
+  return (a_splits_sectors || c_splits_sectors) && sizes.k <= 256;
+}
+
+// Of A, 64 along k, under way or waiting. Measured at heads of 64, 128, 256 and 512. The fewer, the closer together
+// blocks remain, and the parts of a sector that two of them write.
+inline int most_stages_of_a(const TileSize& tile, const Sizes& sizes, bool c_splits_sectors) {
+  if (c_splits_sectors && sizes.k <= 128) return 3;
+  return tile.m == 64 ? 8 : (tile.n == 64 ? 6 : 5);
+}
 
 // Whether a block shall hold a head's B in registers (held_sm90.cuh). Measured at 128 -> 512; how much less it may be
 // was chosen by hand: so much that no more than half of k and a quarter of n are for nothing.
-inline bool prefers_held(const HeadGemm& gemm) {
-  return !gemm.indices && gemm.k > 64 && gemm.k <= 128 && gemm.n > 384 && gemm.n <= 512;
+inline bool prefers_held(const Sizes& sizes) {
+  return !sizes.gathers && sizes.k > 64 && sizes.k <= 128 && sizes.n > 384 && sizes.n <= 512;
 }
 
-// Whether the matrix units take longer than the memory.
-inline bool is_bound_by_flop(const HeadGemm& gemm) {
+// How long the matrix units take, of what the memory takes: longer where it is more than 1.
+inline double flop_share(const Sizes& sizes) {
   constexpr double kFlopPerByte = 187;
-  const auto k = static_cast<double>(gemm.k), n = static_cast<double>(gemm.n);
-  return k * n > kFlopPerByte * (k + n);
+  const auto k = static_cast<double>(sizes.k), n = static_cast<double>(sizes.n);
+  return k * n / (k + n) / kFlopPerByte;
 }
 
-// Where the copy engine cannot take an operand: cuBLAS is slower there, too, but for few rows, and where elements are
-// brought one by one for a product that the matrix units bound.
-inline bool prefers_loose(const HeadGemm& gemm, bool in_words, int multiprocessors) {
-  constexpr double kFewInWords = 1.9, kFewInElements = 7.5;
-  if (gemm.k > kLongestHead || (!in_words && is_bound_by_flop(gemm))) return false;
-  return smallest_tiles(gemm) >= (in_words ? kFewInWords : kFewInElements) * multiprocessors;
+// How many tiles of 8192 elements of C each multiprocessor would have, the smallest there are.
+inline double smallest_tiles(const Sizes& sizes, int multiprocessors) {
+  const auto of = [](int64_t size, int64_t block) { return (size + block - 1) / block; };
+  const int64_t tiles = sizes.n <= 64 ? of(sizes.m, 128) : of(sizes.m, 64) * of(sizes.n, 128);
+  return static_cast<double>(sizes.heads * tiles) / multiprocessors;
 }
 
-inline bool prefers_sm90(const HeadGemm& gemm, int multiprocessors) {
-  if (gemm.k > kLongestHead) return false;
-  if (gemm.indices) return true;  // a copy of the rows costs more than what cuBLAS gains
-  if (gemm.n < kFewestColumns) return false;
+// Where the copy engine cannot take an operand: cuBLAS is slower there, too, but for few rows, and where elements of A
+// are brought one by one for few columns (0.66 to 0.85 of its speed at 19 to 31) or a product that the matrix units
+// bound.
+inline bool prefers_loose(const Sizes& sizes, bool a_in_elements, int multiprocessors) {
+  constexpr double kFew = 1.9, kFewInElements = 7.5;
+  if (sizes.k > kLongestHead) return false;
+  if (a_in_elements && (sizes.n < kFewestColumns || flop_share(sizes) > 1)) return false;
+  return smallest_tiles(sizes, multiprocessors) >= (a_in_elements ? kFewInElements : kFew);
+}
+
+inline bool prefers_sm90(const Sizes& sizes, int multiprocessors) {
+  if (sizes.k > kLongestHead) return false;
+  if (sizes.gathers) return true;  // a copy of the rows costs more than what cuBLAS gains
+  if (sizes.n < kFewestColumns) return false;
   // Filling and draining the pipeline is what is seen where there are fewer tiles, the sooner the longer heads are.
   constexpr double kDepthOfTile = 72;
-  const double tiles = smallest_tiles(gemm) / multiprocessors;
-  if (tiles * kDepthOfTile < static_cast<double>(gemm.k)) return false;
-  if (!is_bound_by_flop(gemm)) return true;
-  // Else cuBLAS, but for few heads with many rows.
-  constexpr double kManyTiles = 15;
-  constexpr int64_t kPiecesOfFewHeads = 16;  // of B, 128 columns each
-  return gemm.batch * ((gemm.n + 127) / 128) <= kPiecesOfFewHeads && tiles >= kManyTiles;
+  if (smallest_tiles(sizes, multiprocessors) * kDepthOfTile < static_cast<double>(sizes.k)) return false;
+  // A block that turns to another piece of B waits for it, the longer the longer heads are.
+  const TileSize tile = tile_size(sizes, multiprocessors);
+  const sm90::Cut cut = cut_of(sizes, tile, multiprocessors);
+  constexpr int64_t kShortHead = 256, kFewGroups = 3;
+  constexpr double kLittleFlop = 0.4, kLeastUseful = 0.75;  // of what the matrix units do
+  if (sizes.k <= kShortHead) return cut.most_groups() <= kFewGroups || flop_share(sizes) <= kLittleFlop;
+  const double done = static_cast<double>(cut.most_tiles()) * tile.m * tile.n * multiprocessors;
+  return cut.most_groups() == 1 && static_cast<double>(sizes.m * sizes.n * sizes.heads) > kLeastUseful * done;
 }
 
 }  // namespace mhmatmul::cuda::tuning

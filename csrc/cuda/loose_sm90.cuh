@@ -11,6 +11,8 @@ struct Loose {
   uint16_t* data;
   int64_t stride, batch_stride;  // between rows, between matrices
   bool in_words;
+
+  bool in_elements() const { return data && !in_words; }
 };
 
 // Those of a product that are loose.
@@ -18,7 +20,6 @@ struct LooseOperands {
   Loose a, b, c;
 
   bool any() const { return a.data || b.data || c.data; }
-  bool in_words() const { return (!a.data || a.in_words) && (!b.data || b.in_words) && (!c.data || c.in_words); }
 };
 
 // A part of one: so many rows and columns of it, or fewer where the matrix ends.

@@ -1,6 +1,8 @@
 // What the kernels for Hopper share: rings of stages in shared memory, the bulk copy engine, rounding into its layout.
 #pragma once
 
+#include "tile_walk.h"
+
 #include <cuda.h>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
@@ -14,8 +16,7 @@ using cutlass::arch::ClusterBarrier;
 using cutlass::arch::ClusterTransactionBarrier;
 
 constexpr int kWarp = 32, kGroup = 128;
-constexpr int kRowBytes = 128;            // of a row in shared memory: the widest swizzle
-constexpr int kDepth = kRowBytes / 2;     // elements of such a row: a stage's, along k
+constexpr int kRowBytes = kDepth * 2;     // of a row in shared memory: the widest swizzle
 constexpr int kSharedBytes = 227 * 1024;  // what a block may have
 constexpr int kSharedAlignment = 1024;    // of the swizzle
 

@@ -9,6 +9,8 @@
 
 namespace mhmatmul::cuda::sm90 {
 
+constexpr int kDepth = 64;  // elements along k that are brought together
+
 // How the work is cut into tiles and shared out, decided on the host.
 struct Cut {
   int m_blocks, n_blocks, k_blocks, heads;
@@ -20,6 +22,9 @@ struct Cut {
 
   MHMATMUL_HOST_DEVICE int64_t pieces() const { return int64_t{heads} * n_blocks; }
   int64_t groups() const { return pieces() * (step > 1 ? std::min(step, m_blocks) : (m_blocks + run - 1) / run); }
+  // Those of the block that has most of them, and its tiles.
+  int64_t most_groups() const { return (groups() + blocks - 1) / blocks; }
+  int64_t most_tiles() const { return step > 1 ? (m_blocks + step - 1) / step : most_groups() * run; }
 };
 
 // What is read and written at one time shall lie together in memory: blocks side by side are at the same rows, in
