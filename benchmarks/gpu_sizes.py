@@ -62,9 +62,8 @@ def shape_of(varied: str, size: int) -> Shape:
     return Shape(f"{varied} {size}", 1, ROWS, HEADS, sizes["head_dim"], sizes["embed"], "the curve over sizes")
 
 
-def measure(varied: str, size: int, repeats: int, gpu: Gpu, rates: GpuRates) -> list[dict[str, Any]]:
+def measure(shape: Shape, repeats: int, gpu: Gpu, rates: GpuRates) -> list[dict[str, Any]]:
     """All ways, checked and timed."""
-    shape = shape_of(varied, size)
     operands = Operands(shape, DTYPE)
     exact = operands.first.samples("forward")
     flop, bytes = work("forward", shape, 2)
@@ -78,7 +77,7 @@ def measure(varied: str, size: int, repeats: int, gpu: Gpu, rates: GpuRates) -> 
         seconds = statistics.median(elapsed(call, 3))
         graphs = capture_both(what, way, operands, gpu.copies(bytes), seconds, gpu, exact)
         median = statistics.median(sample(Candidate(name, way, call, graphs), "graph cold", repeats, gpu))
-        entries.append({"varied": varied, "size": size, "name": name, "median": median, "floor": floor})
+        entries.append({"name": name, "median": median, "floor": floor})
     return entries
 
 
@@ -137,7 +136,8 @@ def run(options: argparse.Namespace) -> None:
         rates = measure_rates([DTYPE], QUICK.mm_size)
         gpu = Gpu()
         for varied, size in progress([(varied, size) for varied in VARIED for size in SIZES], "timing"):
-            timings += measure(varied, size, options.repeats, gpu, rates)
+            entries = measure(shape_of(varied, size), options.repeats, gpu, rates)
+            timings += [{"varied": varied, "size": size, **entry} for entry in entries]
     for ours, other in zip(timings[::2], timings[1::2], strict=True):
         share, ratio = ours["floor"] / ours["median"], other["median"] / ours["median"]
         name = f"{ours['varied']} {ours['size']}"

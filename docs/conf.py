@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "benchmarks" / "results" / "2026-11-25-h200.json"
+RECORD = ROOT / "benchmarks" / "results" / "2026-11-28-h200.json"
 
 project, release, version = "mhmatmul_ext", __version__, __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]

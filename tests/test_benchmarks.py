@@ -21,6 +21,15 @@ ways.OPPONENTS[sys.argv[2]]["wrong"] = ways.OPPONENTS[sys.argv[2]]["einsum"]._re
 sys.exit(cpu.main(sys.argv[4:]))
 """
 
+DRAWN_BY_LOT = """
+import json, random, sys
+sys.path.insert(0, sys.argv[1])
+import gpu_lot
+from gpu_floor import GpuRates
+lot, rates = random.Random(int(sys.argv[2])), GpuRates({"bfloat16": 8e14}, 4e12, 4e12, 2e-5)
+print(json.dumps([gpu_lot.draw_shape(lot, rates) for _ in range(50)]))
+"""
+
 
 def run(*command, cwd):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the package that these tests import
@@ -107,9 +116,46 @@ def test_says_what_is_wrong(options, message, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a CUDA device")
-def test_gpu_without_a_device(tmp_path):
-    result = run(BENCHMARKS / "gpu.py", "--quick", cwd=tmp_path)
-    assert (result.returncode, result.stdout, said(result)) == (2, "", "gpu.py: error: no CUDA device")
+@pytest.mark.parametrize("command", [("gpu.py", "--quick"), ("gpu_sizes.py",), ("gpu_lot.py",)], ids=" ".join)
+def test_gpu_without_a_device(command, tmp_path):
+    name, *options = command
+    result = run(BENCHMARKS / name, *options, cwd=tmp_path)
+    assert (result.returncode, result.stdout, said(result)) == (2, "", f"{name}: error: no CUDA device")
+
+
+@pytest.mark.slow
+def test_products_drawn_by_lot(tmp_path):
+    drawn = [run("-c", DRAWN_BY_LOT, BENCHMARKS, seed, cwd=tmp_path) for seed in ("0", "0", "1")]
+    assert all(result.returncode == 0 for result in drawn), drawn
+    first, again, other = (json.loads(result.stdout) for result in drawn)
+    assert first == again != other
+    kinds = {kind for _, kind in first}
+    assert kinds == {"multiples of 8", "any sizes"}
+    for (_, batch, rows, num_heads, head_dim, embed, *_), kind in first:
+        assert batch == 1
+        assert kind == "any sizes" or head_dim % 8 == embed % 8 == 0
+        moved = 2 * num_heads * (rows * (head_dim + embed) + head_dim * embed)
+        assert 3e-6 <= max(moved / 4e12, 2 * num_heads * rows * head_dim * embed / 8e14) <= 100e-6
+
+
+@pytest.mark.slow
+def test_picture_of_the_lot(tmp_path):
+    timings = [
+        {"kind": kind, "name": name, "median": median}
+        for kind in ("multiples of 8", "any sizes")
+        for name, median in (("ours", 1e-6), ("bmm(out=)", 2e-6), ("ours", 2e-6), ("bmm(out=)", 1e-6))
+    ]
+    environment = {"gpu": "none", "torch": "none", "commit": "none"}
+    (tmp_path / "lot.json").write_text(json.dumps({"environment": environment, "timings": timings}))
+    result = run(BENCHMARKS / "gpu_lot.py", "--draw", "lot.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "lot.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "other.json").write_text("{}")
+    result = run(BENCHMARKS / "gpu_lot.py", "--draw", "other.json", cwd=tmp_path)
+    assert (result.returncode, said(result)) == (
+        2,
+        "gpu_lot.py: error: other.json is not a record of such products: 'timings'",
+    )
 
 
 @pytest.mark.slow
@@ -142,6 +188,16 @@ def test_gpu_quick_run(tmp_path):
     assert {(*way, f"graph {cache}") for way in graph for cache in ("cold", "hot")} <= timed
     assert {(*way, f"eager {cache}") for way in eager for cache in ("cold", "hot")} <= timed
     assert not any(mode.startswith("graph") for kind, name, mode in timed if name in ("kept", "eager"))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_gpu_lot(tmp_path):
+    result = run(BENCHMARKS / "gpu_lot.py", "--count", "3", "--output", "lot.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    timings = json.loads((tmp_path / "lot.json").read_text())["timings"]
+    assert [entry["name"] for entry in timings] == 3 * ["ours", "bmm(out=)"]
+    assert all(entry[name] > 0 for entry in timings for name in ("floor", "median"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,133 @@
+"""Time products of sizes drawn by lot on this GPU: how often the kernel that is chosen for them is the faster one.
+
+Sizes are drawn evenly on a logarithmic scale, three quarters of them multiples of 8, in bfloat16; products that the
+floor lets take less than 3 or more than 100 microseconds are drawn again. Replays of CUDA graphs, cold L2. Every result
+is compared with float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from command import Parser, UserError, check_folder, exit_code, progress
+from floor import work
+from gpu_floor import GpuRates, measure_rates
+from gpu_sizes import DTYPE, WAYS, measure
+from gpu_timing import QUICK, Gpu
+from plot import find_pyplot
+from record import default_path, environment, gpu_environment, write
+from shapes import Shape
+
+RANGES = {"rows": (128, 16384), "num_heads": (1, 256), "head_dim": (16, 640), "embed": (16, 4096)}
+SHORTEST, LONGEST = 3e-6, 100e-6  # seconds, by the floor
+ALIGNED, ANY = "multiples of 8", "any sizes"
+
+
+def draw_shape(lot: random.Random, rates: GpuRates) -> tuple[Shape, str]:
+    """The next product, and whether its sizes are multiples of 8."""
+    while True:
+        kind = ALIGNED if lot.random() < 0.75 else ANY
+        sizes = {
+            name: round(math.exp(lot.uniform(math.log(low), math.log(high)))) for name, (low, high) in RANGES.items()
+        }
+        if kind == ALIGNED:
+            sizes |= {name: (sizes[name] + 7) // 8 * 8 for name in ("head_dim", "embed")}
+        rows, num_heads, head_dim, embed = sizes.values()
+        name = f"{rows} rows, {num_heads} x {head_dim} -> {embed}"
+        shape = Shape(name, 1, rows, num_heads, head_dim, embed, "drawn by lot")
+        if SHORTEST <= rates.floor(DTYPE, *work("forward", shape, 2)) <= LONGEST:
+            return shape, kind
+
+
+def ratios(record: dict[str, Any], kind: str) -> list[float]:
+    """How many times as long the other way took as ours, ascending."""
+    medians = [[e["median"] for e in record["timings"] if (e["kind"], e["name"]) == (kind, name)] for name in WAYS]
+    return sorted(other / ours for ours, other in zip(*medians, strict=True))
+
+
+def draw(record: dict[str, Any], picture: Path) -> None:
+    """The ratios in ascending order."""
+    pyplot = find_pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for kind in (ALIGNED, ANY):
+        own = ratios(record, kind)
+        axes.plot([100 * (i + 0.5) / len(own) for i in range(len(own))], own, label=f"{kind} ({len(own)})")
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel("% of the products")
+    axes.set_ylabel("time of bmm(out=) / ours")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    here = record["environment"]
+    figure.suptitle(f"{here['gpu']}, torch {here['torch']}, {DTYPE}, commit {here['commit']}", fontsize="medium")
+    figure.savefig(picture, dpi=120)
+    print(f"Written: {picture}")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line and check its values."""
+    parser = Parser(description=(__doc__ or "").partition("\n")[0], epilog="Defaults are in parentheses.")
+    add = parser.add_argument
+    add("--count", type=int, default=400, metavar="N", help="how many products (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of the lot (%(default)s)")
+    add("--repeats", type=int, default=QUICK.repeats, metavar="N", help="of each timing (%(default)s)")
+    add("--output", type=Path, metavar="FILE", help="JSON (results/DATE-gpu-NAME-lot.json)")
+    add("--draw", type=Path, metavar="JSON", help="measure nothing; draw this record as a .png beside it")
+    options = parser.parse_args(argv)
+    for name in ("count", "repeats"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.draw is not None:
+        return options
+    check_folder(options.output)
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device")
+    if options.output is None:
+        options.output = default_path(f"gpu-{'-'.join(torch.cuda.get_device_name().lower().split())}-lot")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure and write, or draw."""
+    if options.draw is not None:
+        try:
+            draw(json.loads(options.draw.read_text()), options.draw.with_suffix(".png"))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{options.draw} is not a record of such products: {error}") from None
+        return
+    timings: list[dict[str, Any]] = []
+    lot = random.Random(options.seed)
+    with torch.cuda.stream(torch.cuda.Stream()):  # graphs cannot be captured on the default one
+        rates = measure_rates([DTYPE], QUICK.mm_size)
+        gpu = Gpu()
+        for _ in progress(range(options.count), "timing"):
+            shape, kind = draw_shape(lot, rates)
+            sizes = {"rows": shape.rows, "num_heads": shape.num_heads, "head_dim": shape.head_dim, "embed": shape.embed}
+            entries = measure(shape, options.repeats, gpu, rates)
+            timings += [{"kind": kind, **sizes, **entry} for entry in entries]
+    record = {"environment": environment() | gpu_environment(), "seed": options.seed, "timings": timings}
+    for kind in (ALIGNED, ANY):
+        if own := ratios(record, kind):
+            slower = sum(ratio < 0.95 for ratio in own)
+            print(
+                f"{kind}: {len(own)} products, {statistics.geometric_mean(own):.2f} x bmm(out=) in the geometric mean, "
+                f"{own[0]:.2f} to {own[-1]:.2f}; {slower} are more than 5 % slower"
+            )
+    write(options.output, record)
+    print(f"Written: {options.output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the products."""
+    return exit_code(Path(__file__).name, lambda: run(parse_arguments(argv)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
