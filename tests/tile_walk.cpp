@@ -35,14 +35,13 @@ extern "C" int64_t most_tiles_of(int heads, int m_blocks, int n_blocks, int mult
   return shared_out(heads, m_blocks, n_blocks, multiprocessors).most_tiles();
 }
 
-// The tile of a product, rows and columns; whether the product is taken.
-extern "C" bool tile_size_of(int64_t m, int64_t heads, int64_t k, int64_t n, bool gathers, int multiprocessors,
-                             int* tile) {
-  const tuning::Sizes sizes{m, n, k, heads, gathers};
-  const tuning::TileSize size = tuning::tile_size(sizes, multiprocessors);
-  tile[0] = size.m;
-  tile[1] = size.n;
-  return tuning::prefers_sm90(sizes, multiprocessors);
+// Whether a product is taken; then writes its tile, rows and columns.
+extern "C" bool tile_of(int64_t m, int64_t heads, int64_t k, int64_t n, bool gathers, int multiprocessors, int* tile) {
+  const auto preferred = tuning::preferred_tile({m, n, k, heads, gathers}, multiprocessors);
+  if (!preferred) return false;
+  tile[0] = preferred->m;
+  tile[1] = preferred->n;
+  return true;
 }
 
 // Of a walk over the first `given` blocks of rows, writes at most `capacity` tiles as (n_block, head, m_block, is first

@@ -223,7 +223,7 @@ void launch_packed(const HeadGemm& gemm, cudaStream_t stream) {
 
 template <class Element, int m, int n>
 void launch_tile(const HeadGemm& gemm, cudaStream_t stream) {
-  if constexpr (n < 256) {  // tuning::tile_size has no wider ones for gathered rows
+  if constexpr (n < 256) {  // tuning::tile_of_gathered is never wider
     if (gemm.indices && gemm.b.transposed) return launch<Tile<Element, m, n, true, true>>(gemm, stream);
     if (gemm.indices) return launch<Tile<Element, m, n, true, false>>(gemm, stream);
   }
@@ -254,17 +254,16 @@ void launch_element(const HeadGemm& whole, cudaStream_t stream) {
   const HeadGemm gemm = packed(whole);
   if (heads == 2) return launch_packed<Element, 2>(gemm, stream);
   if (heads == 4) return launch_packed<Element, 4>(gemm, stream);
-  const auto tile = tuning::tile_size(sizes_of(gemm), attribute_of_device(cudaDevAttrMultiProcessorCount));
-  if (tile.n == 64) return launch_tile<Element, 128, 64>(gemm, stream);
-  if (tile.n == 256) return launch_tile<Element, 64, 256>(gemm, stream);
-  if (tile.n == 192) return launch_tile<Element, 64, 192>(gemm, stream);
-  if (tile.m == 64) return launch_tile<Element, 64, 128>(gemm, stream);
+  if (gemm.tile_n == 64) return launch_tile<Element, 128, 64>(gemm, stream);
+  if (gemm.tile_n == 256) return launch_tile<Element, 64, 256>(gemm, stream);
+  if (gemm.tile_n == 192) return launch_tile<Element, 64, 192>(gemm, stream);
+  if (gemm.tile_m == 64) return launch_tile<Element, 64, 128>(gemm, stream);
   return launch_tile<Element, 128, 128>(gemm, stream);
 }
 
 }  // namespace
 
-bool takes_sm90(const HeadGemm& gemm) {
+bool takes_sm90(HeadGemm& gemm) {
   if (!runs_here()) return false;
   constexpr int64_t kLargest = INT32_MAX - 256;  // a tile's end is an int, too
   for (const int64_t size : {gemm.m, gemm.n, gemm.k, gemm.batch, gemm.a_rows})
@@ -274,7 +273,12 @@ bool takes_sm90(const HeadGemm& gemm) {
   if (loose.any())
     return !gemm.indices && tuning::prefers_loose(sizes_of(gemm), loose.a.in_elements(), multiprocessors);
   if (gemm.indices && gemm.k % (kAlignment / kElementSize) != 0) return false;  // copied in whole 16 bytes
-  return is_one_wave(gemm, multiprocessors) || tuning::prefers_sm90(sizes_of(packed(gemm)), multiprocessors);
+  if (is_one_wave(gemm, multiprocessors)) return true;
+  const auto tile = tuning::preferred_tile(sizes_of(packed(gemm)), multiprocessors);
+  if (!tile) return false;
+  gemm.tile_m = tile->m;
+  gemm.tile_n = tile->n;
+  return true;
 }
 
 void run_sm90(const HeadGemm& gemm, cudaStream_t stream) {

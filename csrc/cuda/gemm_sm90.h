@@ -22,10 +22,11 @@ struct HeadGemm {
   void* c;  // [m, n] of each i, n side by side
   int64_t c_stride, c_batch_stride;
   bool is_bfloat16;
+  int tile_m, tile_n;  // takes_sm90's choice
 };
 
 // Whether run_sm90 can take it on the current device (sizes, layouts) and is expected to be the faster one.
-bool takes_sm90(const HeadGemm& gemm);
+bool takes_sm90(HeadGemm& gemm);
 
 // On the current device. Throws std::runtime_error with CUDA's own words.
 void run_sm90(const HeadGemm& gemm, cudaStream_t stream);

@@ -135,6 +135,8 @@
 
 #include "tile_walk.h"
 
+#include <optional>
+
 namespace mhmatmul::cuda::tuning {
 
 // What of a product decides: A [m, k] by B [k, n] for each head, and whether A's rows are gathered.
@@ -180,12 +182,14 @@ inline double cost(const sm90::Cut& cut, const TileSize& tile) {
          static_cast<double>(cut.most_groups()) * cut.k_blocks * tile.n * kRowsOfPiece;
 }
 
-inline TileSize tile_size(const Sizes& sizes, int multiprocessors) {
-  if (sizes.gathers) {  // rows cost more: 64 x 256 has no registers for them, and 64 x 128 brings them twice as often
-    if (sizes.n <= 64) return {128, 64};
-    const TileSize wide{64, 192};
-    return sizes.n > 128 && sizes.n <= wide.n && sizes.k <= longest_head(wide) ? wide : TileSize{128, 128};
-  }
+// Rows cost more that are gathered: 64 x 256 has no registers for them, and 64 x 128 brings them twice as often.
+inline TileSize tile_of_gathered(const Sizes& sizes) {
+  if (sizes.n <= 64) return {128, 64};
+  const TileSize wide{64, 192};
+  return sizes.n > 128 && sizes.n <= wide.n && sizes.k <= longest_head(wide) ? wide : TileSize{128, 128};
+}
+
+inline TileSize cheapest_tile(const Sizes& sizes, int multiprocessors) {
   TileSize best{};
   double least = 0;
   for (const TileSize& tile : kTileSizes) {
@@ -241,21 +245,25 @@ inline bool prefers_loose(const Sizes& sizes, bool a_in_elements, int multiproce
   return smallest_tiles(sizes, multiprocessors) >= (a_in_elements ? kFewInElements : kFew);
 }
 
-inline bool prefers_sm90(const Sizes& sizes, int multiprocessors) {
-  if (sizes.k > kLongestHead) return false;
-  if (sizes.gathers) return true;  // a copy of the rows costs more than what cuBLAS gains
-  if (sizes.n < kFewestColumns) return false;
+// The tile with which the persistent kernel takes a product; none where cuBLAS is the faster one.
+inline std::optional<TileSize> preferred_tile(const Sizes& sizes, int multiprocessors) {
+  if (sizes.k > kLongestHead) return std::nullopt;
+  if (sizes.gathers) return tile_of_gathered(sizes);  // a copy of the rows costs more than what cuBLAS gains
+  if (sizes.n < kFewestColumns) return std::nullopt;
   // Filling and draining the pipeline is what is seen where there are fewer tiles, the sooner the longer heads are.
   constexpr double kDepthOfTile = 72;
-  if (smallest_tiles(sizes, multiprocessors) * kDepthOfTile < static_cast<double>(sizes.k)) return false;
+  if (smallest_tiles(sizes, multiprocessors) * kDepthOfTile < static_cast<double>(sizes.k)) return std::nullopt;
   // A block that turns to another piece of B waits for it, the longer the longer heads are.
-  const TileSize tile = tile_size(sizes, multiprocessors);
+  const TileSize tile = cheapest_tile(sizes, multiprocessors);
   const sm90::Cut cut = cut_of(sizes, tile, multiprocessors);
   constexpr int64_t kShortHead = 256, kFewGroups = 3;
   constexpr double kLittleFlop = 0.4, kLeastUseful = 0.75;  // of what the matrix units do
-  if (sizes.k <= kShortHead) return cut.most_groups() <= kFewGroups || flop_share(sizes) <= kLittleFlop;
   const double done = static_cast<double>(cut.most_tiles()) * tile.m * tile.n * multiprocessors;
-  return cut.most_groups() == 1 && static_cast<double>(sizes.m * sizes.n * sizes.heads) > kLeastUseful * done;
+  const bool is_faster =
+      sizes.k <= kShortHead
+          ? cut.most_groups() <= kFewGroups || flop_share(sizes) <= kLittleFlop
+          : cut.most_groups() == 1 && static_cast<double>(sizes.m * sizes.n * sizes.heads) > kLeastUseful * done;
+  return is_faster ? std::optional(tile) : std::nullopt;
 }
 
 }  // namespace mhmatmul::cuda::tuning

@@ -35,12 +35,14 @@ struct Cut {
 inline void share_out(Cut& cut, int multiprocessors, double tiles_per_piece, double staying) {
   const int64_t pieces = cut.pieces();
   const auto share = [](int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; };
+  const double even = static_cast<double>(pieces) * cut.m_blocks / multiprocessors;  // tiles of each
   double least = 0;
   constexpr int kMostRuns = 64;
   for (int runs = 1; runs <= std::min(kMostRuns, cut.m_blocks); ++runs) {
     const int64_t run = share(cut.m_blocks, runs);
-    const double cost = static_cast<double>(share(pieces * share(cut.m_blocks, run), multiprocessors)) *
-                        (static_cast<double>(run) + tiles_per_piece);
+    const double cost_of_run = static_cast<double>(run) + tiles_per_piece;
+    if (runs > 1 && even * cost_of_run >= least * static_cast<double>(run)) break;  // nor are shorter ones better
+    const double cost = static_cast<double>(share(pieces * share(cut.m_blocks, run), multiprocessors)) * cost_of_run;
     if (runs > 1 && cost >= least) continue;
     least = cost;
     cut.run = static_cast<int>(run);
