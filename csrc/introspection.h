@@ -2,7 +2,7 @@
 #pragma once
 
 extern "C" {
-// The instruction set of the CPU kernels: "avx512", "avx2" or "portable" (cpu/gemm.h).
+// The instruction set of the CPU kernels (cpu/gemm.h).
 __attribute__((visibility("default"))) const char* mhmatmul_cpu_capability();
 // Forces one that this machine has, for all threads; false for any other name.
 __attribute__((visibility("default"))) bool mhmatmul_set_cpu_capability(const char* name);

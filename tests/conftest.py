@@ -44,7 +44,7 @@ def _has_capability(name: str) -> bool:
     return True
 
 
-CAPABILITIES = [name for name in ("portable", "avx2", "avx512", "amx") if _has_capability(name)]
+CAPABILITIES = [name for name in ("portable", "avx2", "avx512", "avx512_bf16", "amx") if _has_capability(name)]
 
 
 @pytest.fixture(params=CAPABILITIES)

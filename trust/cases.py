@@ -38,7 +38,7 @@ def capabilities() -> tuple[str, ...]:
     """The instruction sets that this machine runs, the best first."""
     before = mhmatmul_ext._C.cpu_capability()
     found = []
-    for name in ("amx", "avx512", "avx2", "portable"):
+    for name in ("amx", "avx512_bf16", "avx512", "avx2", "portable"):
         try:
             mhmatmul_ext._C.set_cpu_capability(name)
         except ValueError:

@@ -34,6 +34,7 @@
 #if defined(LACKS_AVX512)  // this machine: their sources are left out
 namespace mhmatmul::cpu {
 const KernelTable& avx512_kernels() { std::abort(); }
+const KernelTable& avx512_bf16_kernels() { std::abort(); }
 const KernelTable& amx_kernels() { std::abort(); }
 }  // namespace mhmatmul::cpu
 #endif

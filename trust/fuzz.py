@@ -114,7 +114,7 @@ def combined(case: Case) -> None:
 
     operands = [base, updates] if gates is None else [base, updates, gates]
     most = 2 * int(named.bincount().max()) if len(named) else 0
-    # No AMX here: nothing is flushed.
+    # No products of pairs here: nothing is flushed.
     output = check_differentiable(case, function, specified, operands, grad_output, (1 + most, 1, 2, d), flushes=False)
     untouched = torch.ones(m, dtype=torch.bool).index_fill(0, named, False)
     check_same("rows without an update", output.flatten(0, -2)[untouched], base.flatten(0, -2)[untouched])
@@ -218,7 +218,7 @@ def check_differentiable(
             raise WrongError(f"gradient {tuple(gradient.shape)} {gradient.dtype} of an operand {tuple(tensor.shape)}")
 
     torch.set_num_threads(1)  # what follows is not under test
-    flushes &= case.capability == "amx" and case.dtype == "bfloat16"
+    flushes &= case.capability in ("amx", "avx512_bf16") and case.dtype == "bfloat16"
     prepare = flush if flushes else torch.Tensor.clone
     wanted = expected(
         specified, [prepare(tensor) for tensor in operands], prepare(grad_output), terms[: 1 + len(found)]

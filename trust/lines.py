@@ -31,6 +31,10 @@ if "avx512dq" not in CPU:
         "bool has_amx()": "AMX, asked for where the CPU has AVX-512",
         "if (!__get_cpuid_count(7, 0": "AMX, asked for where the CPU has AVX-512",
     }
+if "avx512_bf16" not in CPU:
+    REASONS |= {"csrc/cpu/gemm_avx512_bf16.cpp": "AVX-512 BF16, which the CPU lacks"}
+if "avx512_bf16" not in CPU and "amx_tile" not in CPU:
+    REASONS |= {"csrc/cpu/gemm_bfloat16.h": "AVX-512 BF16 and AMX, which the CPU lacks"}
 if "amx_tile" not in CPU:
     REASONS |= {
         "csrc/cpu/gemm_amx.cpp": "AMX, which the CPU lacks",

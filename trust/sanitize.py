@@ -24,8 +24,9 @@ from report import Row
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "trust"
 COMMON = ("-std=c++20", "-g1", "-pthread", "-fno-omit-frame-pointer")
-CAPABILITIES = ("portable", "avx2", "avx512", "amx")
-KERNELS = ("gemm", "gemm_portable", "gemm_avx2", "gemm_avx512", "gemm_amx")
+CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+AVX512 = ("gemm_avx512", "gemm_avx512_bf16", "gemm_amx")
+KERNELS = ("gemm", "gemm_portable", "gemm_avx2", *AVX512)
 OUTSIDE = ("read-behind", "read-before", "write-behind", "write-before")
 JOBS = 2
 
@@ -107,7 +108,7 @@ def build(tool: Tool) -> None:
     sources = [ROOT / "trust" / "driver.cpp", *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in KERNELS)]
     include = ["-w", "-I", str(ROOT / "csrc"), "-isystem", str(headers())]
     if not re.search(r"\bavx512bw\b", Path("/proc/cpuinfo").read_text()):
-        sources = [source for source in sources if source.stem not in ("gemm_avx512", "gemm_amx")]
+        sources = [source for source in sources if source.stem not in AVX512]
         include.append("-DLACKS_AVX512")
     inputs = [*sources, Path(__file__), *(ROOT / "trust").glob("*.h"), *(ROOT / "csrc").rglob("*.h")]
     driver, newest = folder / "driver", max(path.stat().st_mtime for path in inputs)
@@ -152,7 +153,7 @@ def run_cases(tool: Tool, short: bool) -> tuple[int, list[str]]:
     """Cases that ran well, and the instruction sets that they ran with."""
     cases, tried, here = tool.short_cases if short else tool.cases, 0, []
     for capability in CAPABILITIES:
-        if tool is VALGRIND and capability in ("avx512", "amx"):
+        if tool is VALGRIND and capability in CAPABILITIES[2:]:
             continue  # valgrind knows no such instructions
         arguments = ("--cases", str(cases), "--callers", str(tool.callers))
         result = run(tool, "--capability", capability, *arguments)

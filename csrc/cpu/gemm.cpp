@@ -25,6 +25,7 @@ const KernelTable& portable_kernels();
 #if defined(__x86_64__)
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
+const KernelTable& avx512_bf16_kernels();
 const KernelTable& amx_kernels();
 #endif
 
@@ -59,6 +60,7 @@ const std::vector<Capability>& capabilities() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx512 && has_amx()) found.push_back({"amx", &amx_kernels()});
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back({"avx512_bf16", &avx512_bf16_kernels()});
     if (avx512) found.push_back({"avx512", &avx512_kernels()});
     if (avx2) found.push_back({"avx2", &avx2_kernels()});
 #endif

@@ -3,10 +3,10 @@
 //
 // Every element's sum has one order, whatever else is computed beside it: over k in blocks of kBlockK, a block in
 // chunks of kChunk, a chunk's products one fused multiply-add (portable code: multiply and add) after the other from
-// zero; chunks and blocks are added in order; over tokens (wgrad) in blocks of kBlockTokens. (bfloat16 with AMX:
-// gemm_amx.cpp.) So a row's bits depend neither on its neighbours, nor on how rows are split into calls or tasks, nor
-// on threads. Half types are converted to float32 once per block and rounded once, at the store; float64 is summed in
-// float64.
+// zero; chunks and blocks are added in order; over tokens (wgrad) in blocks of kBlockTokens. (bfloat16 with AMX or
+// AVX-512 BF16: gemm_amx.cpp, gemm_avx512_bf16.cpp.) So a row's bits depend neither on its neighbours, nor on how rows
+// are split into calls or tasks, nor on threads. Half types are converted to float32 once per block and rounded once,
+// at the store; float64 is summed in float64.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +56,7 @@ Tasks cut(const WgradProblem& problem, int threads);
 void run(const ForwardProblem& problem, const Tasks& tasks, int64_t task);
 void run(const WgradProblem& problem, const Tasks& tasks, int64_t task);
 
-// The instruction set in use: "amx", "avx512", "avx2" or "portable".
+// The instruction set in use: "amx", "avx512_bf16", "avx512", "avx2" or "portable".
 const char* capability();
 // Forces one that this machine has; false for any other.
 bool set_capability(const char* name);

@@ -55,7 +55,7 @@ constexpr int64_t kFewestRows = 192;
 // Up to this many rows B is read where it lies: packing a panel would cost more than it saves.
 constexpr int64_t kDirectRows = 8;
 constexpr int64_t kDirectRowsOfHalves = 16;
-constexpr int64_t kFewRows = 2;  // likewise, with AMX
+constexpr int64_t kFewRows = 2;  // likewise, of bfloat16 in pairs
 
 // Tokens per block of wgrad, part of the meaning of its sums; a panel of so many stays in L1.
 constexpr int64_t kBlockTokens = kChunk;

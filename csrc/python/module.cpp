@@ -50,6 +50,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_config", build_config, "What the operators' library was built for and with.");
   m.def("bind", [](const std::string& path) { library_path = path; }, "Name the loaded operators' library.");
   m.def("cpu_capability", cpu_capability,
-        "The instruction set of the CPU kernels: 'amx', 'avx512', 'avx2' or 'portable'.");
+        "The instruction set of the CPU kernels: 'amx', 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");
   m.def("set_cpu_capability", set_cpu_capability, "Force one that this machine has, for all threads.");
 }
