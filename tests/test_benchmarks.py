@@ -24,10 +24,10 @@ sys.exit(cpu.main(sys.argv[4:]))
 DRAWN_BY_LOT = """
 import json, random, sys
 sys.path.insert(0, sys.argv[1])
-import gpu_lot
+import gpu_random
 from gpu_floor import GpuRates
-lot, rates = random.Random(int(sys.argv[2])), GpuRates({"bfloat16": 8e14}, 4e12, 4e12, 2e-5)
-print(json.dumps([gpu_lot.draw_shape(lot, rates) for _ in range(50)]))
+generator, rates = random.Random(int(sys.argv[2])), GpuRates({"bfloat16": 8e14}, 4e12, 4e12, 2e-5)
+print(json.dumps([gpu_random.draw_shape(generator, rates) for _ in range(50)]))
 """
 
 
@@ -116,7 +116,7 @@ def test_says_what_is_wrong(options, message, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a CUDA device")
-@pytest.mark.parametrize("command", [("gpu.py", "--quick"), ("gpu_sizes.py",), ("gpu_lot.py",)], ids=" ".join)
+@pytest.mark.parametrize("command", [("gpu.py", "--quick"), ("gpu_sizes.py",), ("gpu_random.py",)], ids=" ".join)
 def test_gpu_without_a_device(command, tmp_path):
     name, *options = command
     result = run(BENCHMARKS / name, *options, cwd=tmp_path)
@@ -139,22 +139,22 @@ def test_products_drawn_by_lot(tmp_path):
 
 
 @pytest.mark.slow
-def test_picture_of_the_lot(tmp_path):
+def test_picture_of_random_products(tmp_path):
     timings = [
         {"kind": kind, "name": name, "median": median}
         for kind in ("multiples of 8", "any sizes")
         for name, median in (("ours", 1e-6), ("bmm(out=)", 2e-6), ("ours", 2e-6), ("bmm(out=)", 1e-6))
     ]
     environment = {"gpu": "none", "torch": "none", "commit": "none"}
-    (tmp_path / "lot.json").write_text(json.dumps({"environment": environment, "timings": timings}))
-    result = run(BENCHMARKS / "gpu_lot.py", "--draw", "lot.json", cwd=tmp_path)
+    (tmp_path / "random.json").write_text(json.dumps({"environment": environment, "timings": timings}))
+    result = run(BENCHMARKS / "gpu_random.py", "--draw", "random.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "lot.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "random.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "other.json").write_text("{}")
-    result = run(BENCHMARKS / "gpu_lot.py", "--draw", "other.json", cwd=tmp_path)
+    result = run(BENCHMARKS / "gpu_random.py", "--draw", "other.json", cwd=tmp_path)
     assert (result.returncode, said(result)) == (
         2,
-        "gpu_lot.py: error: other.json is not a record of such products: 'timings'",
+        "gpu_random.py: error: other.json is not a record of such products: 'timings'",
     )
 
 
@@ -192,10 +192,10 @@ def test_gpu_quick_run(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_gpu_lot(tmp_path):
-    result = run(BENCHMARKS / "gpu_lot.py", "--count", "3", "--output", "lot.json", cwd=tmp_path)
+def test_gpu_random(tmp_path):
+    result = run(BENCHMARKS / "gpu_random.py", "--count", "3", "--output", "random.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    timings = json.loads((tmp_path / "lot.json").read_text())["timings"]
+    timings = json.loads((tmp_path / "random.json").read_text())["timings"]
     assert [entry["name"] for entry in timings] == 3 * ["ours", "bmm(out=)"]
     assert all(entry[name] > 0 for entry in timings for name in ("floor", "median"))
 

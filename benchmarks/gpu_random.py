@@ -30,12 +30,13 @@ SHORTEST, LONGEST = 3e-6, 100e-6  # seconds, by the floor
 ALIGNED, ANY = "multiples of 8", "any sizes"
 
 
-def draw_shape(lot: random.Random, rates: GpuRates) -> tuple[Shape, str]:
+def draw_shape(generator: random.Random, rates: GpuRates) -> tuple[Shape, str]:
     """The next product, and whether its sizes are multiples of 8."""
     while True:
-        kind = ALIGNED if lot.random() < 0.75 else ANY
+        kind = ALIGNED if generator.random() < 0.75 else ANY
         sizes = {
-            name: round(math.exp(lot.uniform(math.log(low), math.log(high)))) for name, (low, high) in RANGES.items()
+            name: round(math.exp(generator.uniform(math.log(low), math.log(high))))
+            for name, (low, high) in RANGES.items()
         }
         if kind == ALIGNED:
             sizes |= {name: (sizes[name] + 7) // 8 * 8 for name in ("head_dim", "embed")}
@@ -76,9 +77,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").partition("\n")[0], epilog="Defaults are in parentheses.")
     add = parser.add_argument
     add("--count", type=int, default=400, metavar="N", help="how many products (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of the lot (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of the random numbers (%(default)s)")
     add("--repeats", type=int, default=QUICK.repeats, metavar="N", help="of each timing (%(default)s)")
-    add("--output", type=Path, metavar="FILE", help="JSON (results/DATE-gpu-NAME-lot.json)")
+    add("--output", type=Path, metavar="FILE", help="JSON (results/DATE-gpu-NAME-random.json)")
     add("--draw", type=Path, metavar="JSON", help="measure nothing; draw this record as a .png beside it")
     options = parser.parse_args(argv)
     for name in ("count", "repeats"):
@@ -90,7 +91,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not torch.cuda.is_available():
         raise UserError("no CUDA device")
     if options.output is None:
-        options.output = default_path(f"gpu-{'-'.join(torch.cuda.get_device_name().lower().split())}-lot")
+        options.output = default_path(f"gpu-{'-'.join(torch.cuda.get_device_name().lower().split())}-random")
     return options
 
 
@@ -103,12 +104,12 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"{options.draw} is not a record of such products: {error}") from None
         return
     timings: list[dict[str, Any]] = []
-    lot = random.Random(options.seed)
+    generator = random.Random(options.seed)
     with torch.cuda.stream(torch.cuda.Stream()):  # graphs cannot be captured on the default one
         rates = measure_rates([DTYPE], QUICK.mm_size)
         gpu = Gpu()
         for _ in progress(range(options.count), "timing"):
-            shape, kind = draw_shape(lot, rates)
+            shape, kind = draw_shape(generator, rates)
             sizes = {"rows": shape.rows, "num_heads": shape.num_heads, "head_dim": shape.head_dim, "embed": shape.embed}
             entries = measure(shape, options.repeats, gpu, rates)
             timings += [{"kind": kind, **sizes, **entry} for entry in entries]
