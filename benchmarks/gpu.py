@@ -17,7 +17,7 @@ from gpu_timing import DTYPES, FULL, MODES, QUICK, Effort, Findings, Gpu, GpuTim
 from gpu_ways import OURS, forget_compiled
 from marks import MarkResult, judge, print_marks
 from problem import Kind
-from record import default_path, environment, gpu_environment, write
+from record import environment, gpu_environment, gpu_path, write
 from shapes import GPU_SHAPES, Shape
 
 from mhmatmul_ext import _C
@@ -54,7 +54,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if _C.build_config()["cuda"] is None:
         raise UserError("mhmatmul_ext was built without CUDA")
     if options.output is None and not options.quick:
-        options.output = default_path(f"gpu-{'-'.join(torch.cuda.get_device_name().lower().split())}")
+        options.output = gpu_path()
     return options
 
 

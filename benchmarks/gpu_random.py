@@ -8,7 +8,6 @@ is compared with float64 before it is timed.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import statistics
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command import Parser, UserError, check_folder, exit_code, progress
+from command import Parser, exit_code, progress
 from floor import work
 from gpu_floor import GpuRates, measure_rates
-from gpu_sizes import DTYPE, WAYS, measure
+from gpu_sizes import DTYPE, WAYS, measure, parse_arguments, redraw
 from gpu_timing import QUICK, Gpu
 from plot import find_pyplot
-from record import default_path, environment, gpu_environment, write
+from record import environment, gpu_environment, write
 from shapes import Shape
 
 RANGES = {"rows": (128, 16384), "num_heads": (1, 256), "head_dim": (16, 640), "embed": (16, 4096)}
@@ -72,36 +71,10 @@ def draw(record: dict[str, Any], picture: Path) -> None:
     print(f"Written: {picture}")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line and check its values."""
-    parser = Parser(description=(__doc__ or "").partition("\n")[0], epilog="Defaults are in parentheses.")
-    add = parser.add_argument
-    add("--count", type=int, default=400, metavar="N", help="how many products (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of the random numbers (%(default)s)")
-    add("--repeats", type=int, default=QUICK.repeats, metavar="N", help="of each timing (%(default)s)")
-    add("--output", type=Path, metavar="FILE", help="JSON (results/DATE-gpu-NAME-random.json)")
-    add("--draw", type=Path, metavar="JSON", help="measure nothing; draw this record as a .png beside it")
-    options = parser.parse_args(argv)
-    for name in ("count", "repeats"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if options.draw is not None:
-        return options
-    check_folder(options.output)
-    if not torch.cuda.is_available():
-        raise UserError("no CUDA device")
-    if options.output is None:
-        options.output = default_path(f"gpu-{'-'.join(torch.cuda.get_device_name().lower().split())}-random")
-    return options
-
-
 def run(options: argparse.Namespace) -> None:
     """Measure and write, or draw."""
     if options.draw is not None:
-        try:
-            draw(json.loads(options.draw.read_text()), options.draw.with_suffix(".png"))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{options.draw} is not a record of such products: {error}") from None
+        redraw(draw, options.draw)
         return
     timings: list[dict[str, Any]] = []
     generator = random.Random(options.seed)
@@ -127,7 +100,10 @@ def run(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure the products."""
-    return exit_code(Path(__file__).name, lambda: run(parse_arguments(argv)))
+    parser = Parser(description=(__doc__ or "").partition("\n")[0], epilog="Defaults are in parentheses.")
+    parser.add_argument("--count", type=int, default=400, metavar="N", help="how many products (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (%(default)s)")
+    return exit_code(Path(__file__).name, lambda: run(parse_arguments(parser, argv, "random", counts=("count",))))
 
 
 if __name__ == "__main__":

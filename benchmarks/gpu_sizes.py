@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from command import Parser, UserError, check_folder, exit_code, progress
@@ -19,10 +19,13 @@ from gpu_floor import GpuRates, measure_rates
 from gpu_timing import QUICK, Candidate, Gpu, Operands, capture_both, elapsed, prepare, sample
 from gpu_ways import OPPONENTS, OURS
 from plot import find_pyplot
-from record import default_path, environment, gpu_environment, write
+from record import environment, gpu_environment, gpu_path, write
 from shapes import Shape
 from verify import check
 from ways import evaluate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DTYPE, OTHER, HEADS, ROWS = "bfloat16", 128, 32, 4096
 WAYS = {"ours": OURS["forward"]["out="], "bmm(out=)": OPPONENTS["forward"]["bmm(out=)"]}
@@ -102,34 +105,43 @@ def draw(record: dict[str, Any], picture: Path) -> None:
     print(f"Written: {picture}")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line and check its values."""
-    parser = Parser(description=(__doc__ or "").partition("\n")[0], epilog="Defaults are in parentheses.")
-    parser.add_argument("--repeats", type=int, default=QUICK.repeats, metavar="N", help="of each timing (%(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON (results/DATE-gpu-NAME-sizes.json)")
-    parser.add_argument(
-        "--draw", type=Path, metavar="JSON", help="measure nothing; draw this record as a .png beside it"
-    )
+def parse_arguments(
+    parser: Parser, argv: list[str] | None, kind: str, counts: tuple[str, ...] = ()
+) -> argparse.Namespace:
+    """Read the command line of a program that measures products of one `kind`, and check its values.
+
+    `counts`: options of the parser's own that are numbers from 1 on.
+    """
+    add = parser.add_argument
+    add("--repeats", type=int, default=QUICK.repeats, metavar="N", help="of each timing (%(default)s)")
+    add("--output", type=Path, metavar="FILE", help=f"JSON (results/DATE-gpu-NAME-{kind}.json)")
+    add("--draw", type=Path, metavar="JSON", help="measure nothing; draw this record as a .png beside it")
     options = parser.parse_args(argv)
-    if options.repeats < 1:
-        raise UserError(f"--repeats must be at least 1, got {options.repeats}")
+    for name in (*counts, "repeats"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.draw is not None:
         return options
     check_folder(options.output)
     if not torch.cuda.is_available():
         raise UserError("no CUDA device")
     if options.output is None:
-        options.output = default_path(f"gpu-{'-'.join(torch.cuda.get_device_name().lower().split())}-sizes")
+        options.output = gpu_path(kind)
     return options
+
+
+def redraw(draw: Callable[[dict[str, Any], Path], None], record: Path) -> None:
+    """Draw a record as a .png beside it."""
+    try:
+        draw(json.loads(record.read_text()), record.with_suffix(".png"))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{record} is not a record of this program: {error}") from None
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure and write, or draw."""
     if options.draw is not None:
-        try:
-            draw(json.loads(options.draw.read_text()), options.draw.with_suffix(".png"))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{options.draw} is not a record of these sizes: {error}") from None
+        redraw(draw, options.draw)
         return
     timings: list[dict[str, Any]] = []
     with torch.cuda.stream(torch.cuda.Stream()):  # graphs cannot be captured on the default one
@@ -148,7 +160,8 @@ def run(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure the sizes."""
-    return exit_code(Path(__file__).name, lambda: run(parse_arguments(argv)))
+    parser = Parser(description=(__doc__ or "").partition("\n")[0], epilog="Defaults are in parentheses.")
+    return exit_code(Path(__file__).name, lambda: run(parse_arguments(parser, argv, "sizes")))
 
 
 if __name__ == "__main__":

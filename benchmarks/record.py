@@ -72,6 +72,11 @@ def default_path(device: str) -> Path:
     return FOLDER / f"{datetime.date.today().isoformat()}-{device}.json"
 
 
+def gpu_path(kind: str = "") -> Path:
+    """The same for the current GPU, such as `results/2026-01-31-gpu-nvidia-h200-sizes.json`."""
+    return default_path("-".join(["gpu", *torch.cuda.get_device_name().lower().split(), *kind.split()]))
+
+
 def write(path: Path, record: dict[str, object]) -> None:
     """Write it; what is not finite is an error."""
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")

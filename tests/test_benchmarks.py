@@ -154,7 +154,7 @@ def test_picture_of_random_products(tmp_path):
     result = run(BENCHMARKS / "gpu_random.py", "--draw", "other.json", cwd=tmp_path)
     assert (result.returncode, said(result)) == (
         2,
-        "gpu_random.py: error: other.json is not a record of such products: 'timings'",
+        "gpu_random.py: error: other.json is not a record of this program: 'timings'",
     )
 
 

@@ -7,8 +7,8 @@
 //   the best tile, or cuBLAS where it is faster           0.921
 //   the rules below                                       0.942
 //   the same for 1406 other products, drawn afterwards    0.947 (7 % of them are over 5 % slower)
-// Gathered rows, 453 products: 0.74 of index_select and bmm. Loose sizes, 593: 0.75 of bmm(out=).
-// benchmarks/gpu_random.py draws others.
+// Gathered rows, 453 products: 0.74 of index_select and bmm. Loose sizes, 593: 0.75 of bmm(out=). These times were not
+// kept; benchmarks/gpu_random.py draws others.
 //
 // Where blocks shall work is a matter of memory alone, so it was looked for with a kernel that only copies tiles, no
 // mathematics, on an H200 (132 SMs), bfloat16, replays of a CUDA graph over operands that L2 does not hold; of the
