@@ -1,8 +1,8 @@
 """Time products of sizes drawn by lot on this GPU: how often the kernel that is chosen for them is the faster one.
 
-Sizes are drawn evenly on a logarithmic scale, three quarters of them multiples of 8, in bfloat16; products that the
-floor lets take less than 3 or more than 100 microseconds are drawn again. Replays of CUDA graphs, cold L2. Every result
-is compared with float64 before it is timed.
+Sizes are drawn evenly on a logarithmic scale, three quarters of them multiples of 8; products that the floor lets take
+less than 3 or more than 100 microseconds are drawn again. Replays of CUDA graphs, cold L2. Every result is compared
+with float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from command import Parser, exit_code, progress
 from floor import work
 from gpu_floor import GpuRates, measure_rates
-from gpu_sizes import DTYPE, WAYS, measure, parse_arguments, redraw
-from gpu_timing import QUICK, Gpu
+from gpu_sizes import WAYS, dtype_of, measure, parse_arguments, redraw
+from gpu_timing import DTYPES, QUICK, Gpu
 from plot import find_pyplot
 from record import environment, gpu_environment, write
 from shapes import Shape
@@ -29,7 +29,7 @@ SHORTEST, LONGEST = 3e-6, 100e-6  # seconds, by the floor
 ALIGNED, ANY = "multiples of 8", "any sizes"
 
 
-def draw_shape(generator: random.Random, rates: GpuRates) -> tuple[Shape, str]:
+def draw_shape(generator: random.Random, rates: GpuRates, dtype: str) -> tuple[Shape, str]:
     """The next product, and whether its sizes are multiples of 8."""
     while True:
         kind = ALIGNED if generator.random() < 0.75 else ANY
@@ -42,7 +42,7 @@ def draw_shape(generator: random.Random, rates: GpuRates) -> tuple[Shape, str]:
         rows, num_heads, head_dim, embed = sizes.values()
         name = f"{rows} rows, {num_heads} x {head_dim} -> {embed}"
         shape = Shape(name, 1, rows, num_heads, head_dim, embed, "drawn by lot")
-        if SHORTEST <= rates.floor(DTYPE, *work("forward", shape, 2)) <= LONGEST:
+        if SHORTEST <= rates.floor(dtype, *work("forward", shape, DTYPES[dtype].itemsize)) <= LONGEST:
             return shape, kind
 
 
@@ -66,7 +66,8 @@ def draw(record: dict[str, Any], picture: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     here = record["environment"]
-    figure.suptitle(f"{here['gpu']}, torch {here['torch']}, {DTYPE}, commit {here['commit']}", fontsize="medium")
+    title = f"{here['gpu']}, torch {here['torch']}, {dtype_of(record)}, commit {here['commit']}"
+    figure.suptitle(title, fontsize="medium")
     figure.savefig(picture, dpi=120)
     print(f"Written: {picture}")
 
@@ -79,14 +80,19 @@ def run(options: argparse.Namespace) -> None:
     timings: list[dict[str, Any]] = []
     generator = random.Random(options.seed)
     with torch.cuda.stream(torch.cuda.Stream()):  # graphs cannot be captured on the default one
-        rates = measure_rates([DTYPE], QUICK.mm_size)
+        rates = measure_rates([options.dtype], QUICK.mm_size)
         gpu = Gpu()
         for _ in progress(range(options.count), "timing"):
-            shape, kind = draw_shape(generator, rates)
+            shape, kind = draw_shape(generator, rates, options.dtype)
             sizes = {"rows": shape.rows, "num_heads": shape.num_heads, "head_dim": shape.head_dim, "embed": shape.embed}
-            entries = measure(shape, options.repeats, gpu, rates)
+            entries = measure(shape, options.dtype, options.repeats, gpu, rates)
             timings += [{"kind": kind, **sizes, **entry} for entry in entries]
-    record = {"environment": environment() | gpu_environment(), "seed": options.seed, "timings": timings}
+    record = {
+        "environment": environment() | gpu_environment(),
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "timings": timings,
+    }
     for kind in (ALIGNED, ANY):
         if own := ratios(record, kind):
             slower = sum(ratio < 0.95 for ratio in own)

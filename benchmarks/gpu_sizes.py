@@ -1,6 +1,6 @@
 """Time the product for head dimensions and embed sizes of all kinds on this GPU: no size may fall off a cliff.
 
-One size varies, the other is 128; 32 heads, 4096 rows, bfloat16. Replays of CUDA graphs, cold L2. Every result is
+One size varies, the other is 128; 32 heads, 4096 rows. Replays of CUDA graphs, cold L2. Every result is
 compared with float64 before it is timed.
 """
 
@@ -16,7 +16,7 @@ import torch
 from command import Parser, UserError, check_folder, exit_code, progress
 from floor import work
 from gpu_floor import GpuRates, measure_rates
-from gpu_timing import QUICK, Candidate, Gpu, Operands, capture_both, elapsed, prepare, sample
+from gpu_timing import DTYPES, QUICK, Candidate, Gpu, Operands, allow_tf32, capture_both, elapsed, prepare, sample
 from gpu_ways import OPPONENTS, OURS
 from plot import find_pyplot
 from record import environment, gpu_environment, gpu_path, write
@@ -27,7 +27,8 @@ from ways import evaluate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DTYPE, OTHER, HEADS, ROWS = "bfloat16", 128, 32, 4096
+DTYPE = "bfloat16"  # unless told otherwise
+OTHER, HEADS, ROWS = 128, 32, 4096
 WAYS = {"ours": OURS["forward"]["out="], "bmm(out=)": OPPONENTS["forward"]["bmm(out=)"]}
 # Every size up to two warps' rows, then what is and what is not a multiple of 2, 8, 16 and 64.
 SIZES = (
@@ -65,23 +66,29 @@ def shape_of(varied: str, size: int) -> Shape:
     return Shape(f"{varied} {size}", 1, ROWS, HEADS, sizes["head_dim"], sizes["embed"], "the curve over sizes")
 
 
-def measure(shape: Shape, repeats: int, gpu: Gpu, rates: GpuRates) -> list[dict[str, Any]]:
+def measure(shape: Shape, dtype: str, repeats: int, gpu: Gpu, rates: GpuRates) -> list[dict[str, Any]]:
     """All ways, checked and timed."""
-    operands = Operands(shape, DTYPE)
+    allow_tf32(dtype == "tf32")
+    operands = Operands(shape, dtype)
     exact = operands.first.samples("forward")
-    flop, bytes = work("forward", shape, 2)
-    floor = rates.floor(DTYPE, flop, bytes)
+    flop, bytes = work("forward", shape, DTYPES[dtype].itemsize)
+    floor = rates.floor(dtype, flop, bytes)
     entries = []
     for name, way in WAYS.items():
         what = f"{shape.name} ({name})"
         names, call = prepare(way, operands.first)
-        check(what, evaluate(way, names), exact, tf32=False)
+        check(what, evaluate(way, names), exact, tf32=operands.tf32)
         names.pop("r")
         seconds = statistics.median(elapsed(call, 3))
         graphs = capture_both(what, way, operands, gpu.copies(bytes), seconds, gpu, exact)
         median = statistics.median(sample(Candidate(name, way, call, graphs), "graph cold", repeats, gpu))
         entries.append({"name": name, "median": median, "floor": floor})
     return entries
+
+
+def dtype_of(record: dict[str, Any]) -> str:
+    """What was measured; records once did not say so."""
+    return str(record.get("dtype", DTYPE))
 
 
 def draw(record: dict[str, Any], picture: Path) -> None:
@@ -99,7 +106,7 @@ def draw(record: dict[str, Any], picture: Path) -> None:
     all_axes[0].legend(loc="lower right")
     here = record["environment"]
     figure.suptitle(
-        f"{here['gpu']}, torch {here['torch']}, {DTYPE}, {HEADS} heads, {ROWS} rows, commit {here['commit']}"
+        f"{here['gpu']}, torch {here['torch']}, {dtype_of(record)}, {HEADS} heads, {ROWS} rows, commit {here['commit']}"
     )
     figure.savefig(picture, dpi=120)
     print(f"Written: {picture}")
@@ -113,8 +120,9 @@ def parse_arguments(
     `counts`: options of the parser's own that are numbers from 1 on.
     """
     add = parser.add_argument
+    add("--dtype", choices=DTYPES, default=DTYPE, help="tf32: float32, rounded to TF32 (%(default)s)")
     add("--repeats", type=int, default=QUICK.repeats, metavar="N", help="of each timing (%(default)s)")
-    add("--output", type=Path, metavar="FILE", help=f"JSON (results/DATE-gpu-NAME-{kind}.json)")
+    add("--output", type=Path, metavar="FILE", help=f"JSON (results/DATE-gpu-NAME-DTYPE-{kind}.json)")
     add("--draw", type=Path, metavar="JSON", help="measure nothing; draw this record as a .png beside it")
     options = parser.parse_args(argv)
     for name in (*counts, "repeats"):
@@ -126,7 +134,7 @@ def parse_arguments(
     if not torch.cuda.is_available():
         raise UserError("no CUDA device")
     if options.output is None:
-        options.output = gpu_path(kind)
+        options.output = gpu_path(f"{options.dtype} {kind}")
     return options
 
 
@@ -145,16 +153,17 @@ def run(options: argparse.Namespace) -> None:
         return
     timings: list[dict[str, Any]] = []
     with torch.cuda.stream(torch.cuda.Stream()):  # graphs cannot be captured on the default one
-        rates = measure_rates([DTYPE], QUICK.mm_size)
+        rates = measure_rates([options.dtype], QUICK.mm_size)
         gpu = Gpu()
         for varied, size in progress([(varied, size) for varied in VARIED for size in SIZES], "timing"):
-            entries = measure(shape_of(varied, size), options.repeats, gpu, rates)
+            entries = measure(shape_of(varied, size), options.dtype, options.repeats, gpu, rates)
             timings += [{"varied": varied, "size": size, **entry} for entry in entries]
     for ours, other in zip(timings[::2], timings[1::2], strict=True):
         share, ratio = ours["floor"] / ours["median"], other["median"] / ours["median"]
         name = f"{ours['varied']} {ours['size']}"
         print(f"{name:>12}{ours['median'] * 1e6:8.1f} us{share:7.0%} of the floor{ratio:7.2f} x bmm(out=)")
-    write(options.output, {"environment": environment() | gpu_environment(), "timings": timings})
+    here = environment() | gpu_environment()
+    write(options.output, {"environment": here, "dtype": options.dtype, "timings": timings})
     print(f"Written: {options.output}")
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, sys.argv[1])
 import gpu_random
 from gpu_floor import GpuRates
 generator, rates = random.Random(int(sys.argv[2])), GpuRates({"bfloat16": 8e14}, 4e12, 4e12, 2e-5)
-print(json.dumps([gpu_random.draw_shape(generator, rates) for _ in range(50)]))
+print(json.dumps([gpu_random.draw_shape(generator, rates, "bfloat16") for _ in range(50)]))
 """
 
 
@@ -192,10 +192,14 @@ def test_gpu_quick_run(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_gpu_random(tmp_path):
-    result = run(BENCHMARKS / "gpu_random.py", "--count", "3", "--output", "random.json", cwd=tmp_path)
+@pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
+def test_gpu_random(dtype, tmp_path):
+    choice = ("--count", "3", "--dtype", dtype, "--output", "random.json")
+    result = run(BENCHMARKS / "gpu_random.py", *choice, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    timings = json.loads((tmp_path / "random.json").read_text())["timings"]
+    record = json.loads((tmp_path / "random.json").read_text())
+    timings = record["timings"]
+    assert record["dtype"] == dtype
     assert [entry["name"] for entry in timings] == 3 * ["ours", "bmm(out=)"]
     assert all(entry[name] > 0 for entry in timings for name in ("floor", "median"))
 

@@ -88,6 +88,40 @@ SMALL = [
     (1000, 18, 70, 130),
     (1000, 33, 67, 131),
 ]
+# float32 that may be rounded to TF32: each tile, what does not divide, one group of tiles for each block and several,
+# blocks in pairs and, with three pieces of a head's weight, without; columns of a tile that are not there; few rows and
+# rows at no multiples of 16 bytes, which are cuBLAS's
+TF32 = [
+    (16384, 32, 32, 32),
+    (700, 264, 32, 32),
+    (16001, 16, 32, 12),
+    (6001, 96, 20, 36),
+    (12001, 12, 64, 64),
+    (3001, 33, 64, 100),
+    (8192, 16, 64, 256),
+    (1500, 64, 4, 1000),
+    (3000, 50, 96, 40),
+    (8192, 16, 128, 128),
+    (4001, 40, 100, 300),
+    (4001, 16, 72, 200),
+    (1024, 128, 128, 512),
+    (1000, 66, 128, 1024),
+    (4097, 16, 252, 252),
+    (3000, 66, 256, 256),
+    (4000, 44, 256, 384),
+]
+CUBLAS_TF32 = [(64, 16, 128, 128), (4096, 32, 33, 64), (4096, 32, 64, 33), (2000, 8, 512, 512)]
+# as SMALL
+SMALL_TF32 = [
+    (1000, 64, 32, 32),
+    (700, 264, 32, 32),
+    (400, 64, 64, 64),
+    (256, 64, 128, 64),
+    (200, 64, 64, 256),
+    (800, 40, 128, 128),
+    (128, 64, 128, 512),
+    (3000, 16, 256, 256),
+]
 # rows to gather from, rows gathered, nh, hd, e: every number of blocks of k, tiles in part, one row, one head; a little
 # for those tools, here and below
 GATHERED = [
@@ -156,6 +190,116 @@ def test_a_little_of_each_kernel(size, transposed, dtype):
     if transposed:
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
     check_product(input, weight, torch.randn(nh, e, device="cuda", dtype=dtype))
+
+
+@pytest.fixture
+def tf32():
+    """float32 products may be rounded to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def tf32_numbers(*size: int) -> torch.Tensor:
+    """That rounding to TF32 leaves as they are: the product is then as exact as one of float32."""
+    return (torch.randn(*size, device="cuda").view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def check_tf32(input: torch.Tensor, weight: torch.Tensor) -> None:
+    bias = torch.randn(weight.shape[0], weight.shape[2], device="cuda")
+    output = ops.head_matmul(input, weight, bias)
+    exact = torch.einsum("mnd,nde->mne", input.double(), weight.double()) + bias.double()
+    # The matrix unit cuts what it adds: hundreds of times less than rounding to TF32 would.
+    assert_as_exact(output, torch.einsum("mnd,nde->mne", input, weight) + bias, exact, ulps=16)
+
+
+@pytest.mark.parametrize("size", TF32 + CUBLAS_TF32, ids=str)
+@pytest.mark.parametrize("layout", ["plain", "transposed", "strided", "shifted"])
+def test_tf32(size, layout, tf32):
+    m, nh, hd, e = size
+    input, weight = tf32_numbers(m, nh, hd), tf32_numbers(nh, hd, e)
+    if layout == "transposed":
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "strided":
+        input, weight = tf32_numbers(m, nh, hd + 12)[..., 4 : hd + 4], tf32_numbers(nh, hd, e + 8)[..., :e]
+    elif layout == "shifted":
+        input = tf32_numbers(m * nh * hd + 3)[3:].view(m, nh, hd)
+    check_tf32(input, weight)
+
+
+@pytest.mark.parametrize("size", SMALL_TF32, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_little_of_tf32(size, transposed, tf32):
+    """For sanitize_gpu.py."""
+    m, nh, hd, e = size
+    weight = tf32_numbers(nh, e, hd).transpose(1, 2) if transposed else tf32_numbers(nh, hd, e)
+    check_tf32(tf32_numbers(m, nh, hd), weight)
+
+
+@pytest.mark.parametrize("size", TF32, ids=str)
+def test_tf32_is_to_nearest(size, tf32):
+    """As far from exact as the product of operands that were rounded to nearest; cut operands lie twice as far off."""
+    m, nh, hd, e = size
+    input, weight = torch.randn(m, nh, hd, device="cuda"), torch.randn(nh, hd, e, device="cuda")
+    exact = torch.einsum("mnd,nde->mne", input.double(), weight.double())
+
+    def nearest(tensor):
+        return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
+
+    rounded = torch.einsum("mnd,nde->mne", nearest(input), nearest(weight))
+    error = (ops.head_matmul(input, weight) - exact).abs()
+    assert error.mean() <= 1.02 * (rounded - exact).abs().mean()
+    assert error.max() <= 1.1 * (rounded - exact).abs().max()
+
+
+@pytest.mark.parametrize("size", TF32, ids=str)
+def test_nothing_beside_the_result_is_written_in_tf32(size, tf32):
+    m, nh, hd, e = size
+    input, weight = tf32_numbers(m, nh, hd), tf32_numbers(nh, hd, e)
+    expected = ops.head_matmul(input, weight)
+    for before, behind in ((4, 0), (0, 4), (8, 4)):
+        whole = torch.full((m + 2, nh, before + e + behind), 7.0, device="cuda")
+        out = whole[1:-1, :, before : before + e]
+        ops._head_matmul_out(input, weight, None, out)
+        assert torch.equal(out, expected)
+        out.fill_(7)
+        assert (whole == 7).all(), f"{before} before, {behind} behind"
+
+
+@pytest.mark.parametrize(
+    "size", [(16384, 32, 32, 32), (8192, 16, 128, 128), (4096, 128, 128, 512), (8192, 20, 256, 256)], ids=str
+)
+def test_rows_do_not_meet_in_tf32(size, tf32):
+    """The same bits whatever rows are beside a row, and what is not finite stays in its row, and in its head."""
+    m, nh, hd, e = size
+    input, weight = torch.randn(m, nh, hd, device="cuda"), torch.randn(nh, hd, e, device="cuda")
+    whole = ops.head_matmul(input, weight)
+    assert torch.equal(ops.head_matmul(input, weight), whole), "repeated"
+    assert torch.equal(ops.head_matmul(input[77:], weight), whole[77:])
+    input[100, 5], input[1000, 6], weight[10] = torch.inf, torch.nan, torch.nan
+    output = ops.head_matmul(input, weight)
+    assert not output[100, 5].isfinite().any()
+    assert output[1000, 6].isnan().all()
+    assert output[:, 10].isnan().all()
+    output[100, 5], output[1000, 6], output[:, 10] = whole[100, 5], whole[1000, 6], whole[:, 10]
+    assert torch.equal(output, whole)
+
+
+def test_when_tf32_is_taken(tf32):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+
+    def takes(m, nh, hd, e):
+        operands = torch.randn(m, nh, hd, device="cuda"), torch.randn(nh, hd, e, device="cuda")
+        return any("tf32_kernel" in name for name in kernels_of(lambda: ops.head_matmul(*operands)))
+
+    for size in TF32 + SMALL_TF32:
+        assert takes(*size), size
+    for size in CUBLAS_TF32:
+        assert not takes(*size), size
+    torch.set_float32_matmul_precision("highest")
+    assert not takes(*TF32[0])
 
 
 @pytest.mark.parametrize("size", DENSE[:5] + DENSE[-2:] + UNALIGNED, ids=str)

@@ -24,8 +24,9 @@ def library(tmp_path_factory):
     library = ctypes.CDLL(str(target))
     for name in ("blocks_of", "groups_of", "most_groups_of", "most_tiles_of", "tiles_of"):
         getattr(library, name).restype = ctypes.c_int64
-    library.tile_of.argtypes = [*4 * [ctypes.c_int64], ctypes.c_bool, ctypes.c_int, ctypes.c_void_p]
-    library.tile_of.restype = ctypes.c_bool
+    for tile_of in (library.tile_of, library.tf32_tile_of):
+        tile_of.argtypes = [*4 * [ctypes.c_int64], ctypes.c_bool, ctypes.c_int, ctypes.c_void_p]
+        tile_of.restype = ctypes.c_bool
     return library
 
 
@@ -126,6 +127,50 @@ def test_which_tile_and_whether(library):
         assert tile_of(library, m, heads, k, n) == tile, (m, heads, k, n)
     for n, tile in ((64, (128, 64)), (128, (128, 128)), (192, (64, 192)), (256, (128, 128)), (512, (128, 128))):
         assert tile_of(library, 8192, 32, 128, n, gathers=True) == tile
+
+
+def tf32_tile_of(library, m, heads, k, n, transposed=False, multiprocessors=132):
+    """None where cuBLAS is the faster one."""
+    tile = (ctypes.c_int * 3)()
+    return tuple(tile) if library.tf32_tile_of(m, heads, k, n, transposed, multiprocessors, tile) else None
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    m=st.integers(1, 2**31 - 300),
+    heads=st.integers(1, 300),
+    k=st.integers(1, 600),
+    n=st.integers(1, 5000),
+    transposed=st.booleans(),
+    multiprocessors=st.integers(1, 140),
+)
+@example(m=2**31 - 300, heads=1, k=256, n=1, transposed=False, multiprocessors=1)
+def test_whatever_is_taken_in_tf32_has_a_tile(library, m, heads, k, n, transposed, multiprocessors):
+    tile = tf32_tile_of(library, m, heads, k, n, transposed, multiprocessors)
+    if tile is not None:
+        rows, columns, inputs = tile
+        assert k <= inputs <= 256
+        assert inputs < 256 or not transposed
+        assert rows * columns == (4096 if inputs == 256 else 8192), "32 rows and 64 columns for each warpgroup"
+        assert columns in (64, 128, 256)
+
+
+def test_which_tile_of_tf32_and_whether(library):
+    """On 132 multiprocessors, as measured: sizes of published models, and what is between them."""
+    for m, heads, k, n, tile in (
+        (1024, 128, 128, 512, (32, 256, 128)),
+        (8192, 64, 64, 64, (128, 64, 64)),
+        (16384, 32, 32, 32, (128, 64, 32)),
+        (8192, 16, 128, 128, (64, 128, 128)),
+        (8192, 10, 256, 256, (32, 128, 256)),
+        (4096, 16, 192, 192, None),
+        (8192, 4, 512, 512, None),
+        (64, 128, 128, 512, None),
+        (256, 1, 64, 64, None),
+    ):
+        assert tf32_tile_of(library, m, heads, k, n) == tile, (m, heads, k, n)
+    assert tf32_tile_of(library, 8192, 10, 256, 256, transposed=True) is None
+    assert tf32_tile_of(library, 8192, 16, 128, 128, transposed=True) == (64, 128, 128)
 
 
 @settings(max_examples=200, deadline=None)

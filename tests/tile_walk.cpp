@@ -1,7 +1,8 @@
-// tile_walk.h, gemm_sm90_tuning.h and backward_walk.h for Python's ctypes.
+// tile_walk.h, gemm_sm90_tuning.h, tf32_sm90_tuning.h and backward_walk.h for Python's ctypes.
 #include "cuda/tile_walk.h"
 #include "cuda/backward_walk.h"
 #include "cuda/gemm_sm90_tuning.h"
+#include "cuda/tf32_sm90_tuning.h"
 
 using namespace mhmatmul::cuda::sm90;
 namespace tuning = mhmatmul::cuda::tuning;
@@ -41,6 +42,17 @@ extern "C" bool tile_of(int64_t m, int64_t heads, int64_t k, int64_t n, bool gat
   if (!preferred) return false;
   tile[0] = preferred->m;
   tile[1] = preferred->n;
+  return true;
+}
+
+// The same of float32 rounded to TF32; writes rows, columns and inputs.
+extern "C" bool tf32_tile_of(int64_t m, int64_t heads, int64_t k, int64_t n, bool b_is_transposed, int multiprocessors,
+                             int* tile) {
+  const auto preferred = tuning::preferred_tf32({m, n, k, heads, /*gathers=*/false}, b_is_transposed, multiprocessors);
+  if (!preferred) return false;
+  tile[0] = preferred->m();
+  tile[1] = preferred->n();
+  tile[2] = preferred->k;
   return true;
 }
 

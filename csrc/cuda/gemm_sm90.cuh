@@ -77,23 +77,13 @@ __device__ int blocks_of(int m) {
   return m / Tile::kM + (m % Tile::kM != 0);
 }
 
-// A panel of C on its way out of shared memory.
-__device__ inline void store(const Params& params, const void* from, int x, int y, int z) {
-  if (!params.c_leaves_cache) return cute::SM90_TMA_STORE_3D::copy(&params.c, from, x, y, z);
-  asm volatile(
-      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;" ::"l"(
-          &params.c),
-      "r"(cute::cast_smem_ptr_to_uint(from)), "r"(x), "r"(y), "r"(z),
-      "l"(static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST))
-      : "memory");
-}
-
 // A tile of C, rounded into panels. Called by one thread.
 template <class Tile>
 __device__ void store_tile(const Params& params, const unsigned char* tile, int head, int n_block, int m_block) {
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
     const int column = n_block * Tile::kN + panel * kDepth;
-    if (column < params.n) store(params, tile + panel * Tile::kM * kRowBytes, column, head, m_block * Tile::kM);
+    if (column < params.n)
+      store(params.c, params.c_leaves_cache, tile + panel * Tile::kM * kRowBytes, column, head, m_block * Tile::kM);
   }
   cute::tma_store_arrive();
 }

@@ -8,7 +8,8 @@
 
 namespace mhmatmul::cuda {
 
-// C_i = A_i B_i + bias_i for i in [0, batch), half types, sums in float32 in one order for all rows, rounded once.
+// C_i = A_i B_i + bias_i for i in [0, batch), half types (float32 for tf32_sm90.h), sums in float32 in one order for
+// all rows, rounded once.
 struct HeadGemm {
   int64_t m, n, k, batch;
   const void* a;                     // [a_rows, k] of each i, k side by side
@@ -22,7 +23,7 @@ struct HeadGemm {
   void* c;  // [m, n] of each i, n side by side
   int64_t c_stride, c_batch_stride;
   bool is_bfloat16;
-  int tile_m, tile_n;  // takes_sm90's choice
+  int tile_m, tile_n, tile_k;  // chosen by who takes it; tile_k for tf32_sm90.h alone
 };
 
 // Whether run_sm90 can take it on the current device (sizes, layouts) and is expected to be the faster one.

@@ -6,6 +6,7 @@
 #include "gemm_lt.h"
 #include "gemm_sm90.h"
 #include "rows.h"
+#include "tf32_sm90.h"
 
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -40,13 +41,22 @@ bool is_half(const Tensor& tensor) {
 
 bool is_dense(const Tensor& tensor, int64_t dim) { return tensor.stride(dim) == 1 || tensor.size(dim) == 1; }
 
-// The product as the kernel for Hopper takes it; nothing where dtypes or layouts are not its own.
-std::optional<HeadGemm> for_sm90(const Tensor& rows, const Tensor& weight, const Tensor& indices,
-                                 const OptionalTensor& bias, const Tensor& output) {
-  if (!is_half(rows) || output.scalar_type() != rows.scalar_type()) return std::nullopt;
-  if (!is_dense(rows, 2) || !is_dense(output, 2) || (bias && !is_dense(*bias, 1))) return std::nullopt;
+// Whether float32 may be rounded to TF32: PyTorch's settings, as PyTorch understands them, are those of its handle.
+bool allows_tf32() {
+  cublasMath_t mode{};
+  TORCH_CHECK(cublasGetMathMode(at::cuda::getCurrentCUDABlasHandle(), &mode) == CUBLAS_STATUS_SUCCESS,
+              "cublasGetMathMode failed");
+  return mode & CUBLAS_TF32_TENSOR_OP_MATH;
+}
+
+// Runs a kernel for Hopper where one takes the product; else nothing is done, and false is returned.
+bool run_sm90_where_faster(const Tensor& rows, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias,
+                           const Tensor& output, const Tensor& rows_given = {}) {
+  const bool is_float32 = rows.scalar_type() == at::kFloat;
+  if (!(is_half(rows) || is_float32) || output.scalar_type() != rows.scalar_type()) return false;
+  if (!is_dense(rows, 2) || !is_dense(output, 2) || (bias && !is_dense(*bias, 1))) return false;
   const bool is_transposed = !is_dense(weight, 2);
-  if (is_transposed && !is_dense(weight, 1)) return std::nullopt;
+  if (is_transposed && !is_dense(weight, 1)) return false;
 
   HeadGemm gemm{};
   gemm.m = output.size(0);
@@ -65,7 +75,16 @@ std::optional<HeadGemm> for_sm90(const Tensor& rows, const Tensor& weight, const
   gemm.c_stride = output.stride(0);
   gemm.c_batch_stride = output.stride(1);
   gemm.is_bfloat16 = rows.scalar_type() == at::kBFloat16;
-  return takes_sm90(gemm) ? std::optional(gemm) : std::nullopt;
+  if (rows_given.defined()) gemm.rows_given = rows_given.const_data_ptr<int32_t>();
+  const auto stream = at::cuda::getCurrentCUDAStream();
+  if (is_float32) {
+    if (!takes_tf32_sm90(gemm) || !allows_tf32()) return false;
+    run_tf32_sm90(gemm, stream);
+  } else {
+    if (!takes_sm90(gemm)) return false;
+    run_sm90(gemm, stream);
+  }
+  return true;
 }
 
 LtOptions lt_options(bool is_float32) {
@@ -73,12 +92,7 @@ LtOptions lt_options(bool is_float32) {
   LtOptions options{};
   options.stream = at::cuda::getCurrentCUDAStream();
   options.times = context.benchmarkCuDNN() && !context.deterministicCuDNN() && !context.deterministicAlgorithms();
-  if (is_float32) {  // PyTorch's settings, as PyTorch understands them, are those of its handle
-    cublasMath_t mode{};
-    TORCH_CHECK(cublasGetMathMode(at::cuda::getCurrentCUDABlasHandle(), &mode) == CUBLAS_STATUS_SUCCESS,
-                "cublasGetMathMode failed");
-    options.allows_tf32 = mode & CUBLAS_TF32_TENSOR_OP_MATH;
-  }
+  options.allows_tf32 = is_float32 && allows_tf32();
   return options;
 }
 
@@ -157,11 +171,7 @@ void gather(const Tensor& rows, const Tensor& indices, const Tensor& to) {
 
 bool gather_forward_in_flight(const Tensor& rows, const Tensor& weight, const Tensor& indices,
                               const OptionalTensor& bias, const Tensor& output, const Tensor& rows_given) {
-  auto gemm = for_sm90(rows, weight, indices, bias, output);
-  if (!gemm) return false;
-  if (rows_given.defined()) gemm->rows_given = rows_given.const_data_ptr<int32_t>();
-  run_sm90(*gemm, at::cuda::getCurrentCUDAStream());
-  return true;
+  return run_sm90_where_faster(rows, weight, indices, bias, output, rows_given);
 }
 
 void gather_forward(const Tensor& rows, const Tensor& weight, const Tensor& indices, const OptionalTensor& bias,
@@ -176,8 +186,7 @@ void gather_forward(const Tensor& rows, const Tensor& weight, const Tensor& indi
 
 void forward(const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, const Tensor& output) {
   if (output.numel() == 0) return;
-  if (const auto gemm = for_sm90(rows, weight, Tensor(), bias, output))
-    return run_sm90(*gemm, at::cuda::getCurrentCUDAStream());
+  if (run_sm90_where_faster(rows, weight, Tensor(), bias, output)) return;
   if (weight.size(1) == 0) {
     bias ? output.copy_(bias->expand_as(output)) : output.zero_();
     return;

@@ -1,5 +1,5 @@
 // The head-wise products on CUDA: tensors in, strides read off them, one launch for all heads, by cuBLAS or by the
-// kernel for Hopper (gemm_sm90.h).
+// kernels for Hopper (gemm_sm90.h, tf32_sm90.h).
 #pragma once
 
 #include "../ops.h"

@@ -202,7 +202,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) held_kernel(const __grid_co
     __syncthreads();
     if (threadIdx.x == 0 && tile < tiles) {
       for (int column = 0; column < params.n; column += kDepth)
-        store(params, b + column / kDepth * Tile::kBPanelBytes + tile % Tile::kRing * Tile::kPanelBytes, column, head,
+        store(params.c, params.c_leaves_cache,
+              b + column / kDepth * Tile::kBPanelBytes + tile % Tile::kRing * Tile::kPanelBytes, column, head,
               m_block_of(tile) * Tile::kM);
       tma_store_arrive();
     }

@@ -52,6 +52,16 @@ __device__ inline void bring(const CUtensorMap& map, uint64_t* barrier, void* to
                                z);
 }
 
+// A panel on its way out of shared memory; one that leaves the cache is first to be evicted from L2.
+__device__ inline void store(const CUtensorMap& map, bool leaves_cache, const void* from, int x, int y, int z) {
+  if (!leaves_cache) return cute::SM90_TMA_STORE_3D::copy(&map, from, x, y, z);
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;" ::"l"(&map),
+      "r"(cute::cast_smem_ptr_to_uint(from)), "r"(x), "r"(y), "r"(z),
+      "l"(static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST))
+      : "memory");
+}
+
 __device__ inline void copy_16_bytes(uint32_t to, const void* from, bool zeros) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16)
                : "memory");

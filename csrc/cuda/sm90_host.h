@@ -35,12 +35,15 @@ struct Layout {
   int box_inner, box_middle, box_outer;
 };
 
-constexpr int64_t kElementSize = 2, kAlignment = 16;
+constexpr int64_t kElementSize = 2, kAlignment = 16;  // kElementSize: of half types
 
-inline CUtensorMap tensor_map(const void* data, const Layout& layout, bool is_bfloat16) {
+// `type`: TFLOAT32 is float32 in memory, rounded on its way.
+inline CUtensorMap tensor_map(const void* data, const Layout& layout, CUtensorMapDataType type) {
+  const bool is_half = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const int64_t element_size = is_half ? kElementSize : 4, width = layout.box_inner * element_size;
   // A stride that is never taken may be anything: the encoder wants it aligned all the same.
-  const auto bytes = [](int64_t stride, int64_t size) {
-    return static_cast<cuuint64_t>(size == 1 ? kAlignment : stride * kElementSize);
+  const auto bytes = [&](int64_t stride, int64_t size) {
+    return static_cast<cuuint64_t>(size == 1 ? kAlignment : stride * element_size);
   };
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(layout.inner), static_cast<cuuint64_t>(layout.middle),
                               static_cast<cuuint64_t>(layout.outer)};
@@ -48,14 +51,13 @@ inline CUtensorMap tensor_map(const void* data, const Layout& layout, bool is_bf
   const cuuint32_t box[] = {static_cast<cuuint32_t>(layout.box_inner), static_cast<cuuint32_t>(layout.box_middle),
                             static_cast<cuuint32_t>(layout.box_outer)};
   const cuuint32_t every[] = {1, 1, 1};
-  const auto swizzle = layout.box_inner * kElementSize == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                       : layout.box_inner * kElementSize == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                               : CU_TENSOR_MAP_SWIZZLE_32B;
+  const auto swizzle = width == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                       : width == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                     : CU_TENSOR_MAP_SWIZZLE_32B;
   CUtensorMap map;
   const auto encode = [&] {
-    return encoder()(&map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
-                     const_cast<void*>(data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return encoder()(&map, type, 3, const_cast<void*>(data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                     swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult result = encode();
   if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread that has asked CUDA for nothing yet, as autograd's
@@ -67,6 +69,10 @@ inline CUtensorMap tensor_map(const void* data, const Layout& layout, bool is_bf
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
   return map;
+}
+
+inline CUtensorMap tensor_map(const void* data, const Layout& layout, bool is_bfloat16) {
+  return tensor_map(data, layout, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16);
 }
 
 inline int attribute_of_device(cudaDeviceAttr attribute) {
@@ -96,10 +102,11 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, 
 }
 
 // Whether the copy engine can walk a tensor with these strides, in elements.
-inline bool is_walkable(const void* data, int64_t outer, int64_t outer_stride, int64_t batch, int64_t batch_stride) {
+inline bool is_walkable(const void* data, int64_t outer, int64_t outer_stride, int64_t batch, int64_t batch_stride,
+                        int64_t element_size = kElementSize) {
   constexpr int64_t kFarthest = int64_t{1} << 40;  // bytes of a stride
-  const auto fits = [](int64_t size, int64_t stride) {
-    const int64_t bytes = stride * kElementSize;
+  const auto fits = [&](int64_t size, int64_t stride) {
+    const int64_t bytes = stride * element_size;
     return size == 1 || (bytes > 0 && bytes < kFarthest && bytes % kAlignment == 0);
   };
   return reinterpret_cast<uintptr_t>(data) % kAlignment == 0 && fits(outer, outer_stride) && fits(batch, batch_stride);

@@ -1,0 +1,104 @@
+// When a product of float32, rounded to TF32, is taken by the Hopper kernel and with which tile: every number that was
+// found by measuring, and how.
+//
+// Predicted: at the same share of the floor as bfloat16's kernels, 0.85, where cuBLAS is at 0.64 to 0.77. Measured on
+// H200s, replays of a CUDA graph over operands that L2 does not hold; ours / cuBLAS 13.0 in microseconds (floor: the
+// bytes at 4.2 TB/s or FLOP at 413 TFLOP/s), in one run:
+//   64 heads 64 -> 64, 8192 rows     72 / 89 (64)     128 heads 128 -> 512, 1024 rows  110 / 114 (87)
+//   32 heads 32 -> 32, 16384 rows    38 / 50 (32)     128 heads 128 -> 512, 4096 rows  395 / 425 (326)
+//   12 heads 64 -> 64, 12608 rows    21 / 25 (18)     10 heads 256 -> 256, 8192 rows    53 / 67 (40)
+//   16 heads 128 -> 128, 8192 rows   37 / 48 (32)     16 heads 256 -> 256, 4096 rows    44 / 50 (33)
+//   16 heads 64 -> 256, 8192 rows    50 / 64 (40)     32 heads 128 -> 128, 1024 rows    12 / 14 (8)
+// Results are as far from exact as cuBLAS's, to three digits.
+//
+// The rules come from 839 products drawn by lot, each with all widths of tiles and by cuBLAS: heads of 16 to 256, 8 to
+// 4096 columns, 1 to 128 heads, 1 to 16384 rows, a third with B transposed. Where the rules below take one (a fifth of
+// them), 0.88 of cuBLAS's time in the geometric mean, 10 of 171 over 5 % slower. benchmarks/gpu_random.py draws others.
+// The estimate is the least squares fit to these times, 14 % off in the root mean square.
+//
+// What made the difference, heads of 128 -> 512, 1024 and 4096 rows; 256 -> 256, 4096 rows:
+//   - All warpgroups in step, meeting once a tile, two tiles' sums in turn: 115, 397; 51. Without the matrix unit 101
+//   of
+//     the 115 remained, without anything but the meeting 36. Stores by a thread for each 128 bytes of a row: 118, 418.
+//   - A thread that brings, one that stores, no meeting, B through A's stages: 109, 395; 47.5.
+//   - Pairs that bring A for one another: 112, 403; 44. So only where B is long.
+// Tried and left: clusters of four (twice as slow; the multiprocessors are not there in fours), warpgroups that
+// multiply in turn (1 % faster to 4 % slower), two or four tiles of C instead of three, A and B not rounded by the copy
+// engine (as fast). In an earlier kernel, B turned in shared memory: 138 us at 1024 rows of 128 -> 512, 72 at 256 ->
+// 256.
+//
+// ptxas 13.0: 96 registers at launch, 168 where B is long, no spills.
+#pragma once
+
+#include "gemm_sm90_tuning.h"
+
+namespace mhmatmul::cuda::tuning {
+
+// Of B a block keeps [k, 64 * units] in the registers of `groups` warpgroups, each 64 columns for 32 rows at a time.
+struct Tf32Size {
+  static constexpr int kRows = 32, kColumns = 64;
+  int k, units, groups;
+
+  constexpr int m() const { return kRows * groups / units; }
+  constexpr int n() const { return kColumns * units; }
+  // Of a tile of A and of C, and of a piece of B.
+  constexpr int64_t bytes_of_a() const { return int64_t{4} * m() * k; }
+  constexpr int64_t bytes_of_c() const { return int64_t{4} * m() * n(); }
+  constexpr int64_t bytes_of_b() const { return int64_t{4} * k * n(); }
+};
+
+constexpr Tf32Size kTf32Sizes[] = {{32, 1, 4},  {64, 1, 4},  {64, 2, 4},  {64, 4, 4},
+                                   {128, 1, 4}, {128, 2, 4}, {128, 4, 4}, {256, 2, 2}};
+
+inline sm90::Cut cut_of(const Sizes& sizes, const Tf32Size& tile, int multiprocessors) {
+  const auto blocks = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
+  sm90::Cut cut{};
+  cut.m_blocks = blocks(sizes.m, tile.m());
+  cut.n_blocks = blocks(sizes.n, tile.n());
+  cut.k_blocks = 1;
+  cut.heads = static_cast<int>(sizes.heads);
+  const auto tiles_per_piece =
+      static_cast<double>(tile.bytes_of_b()) / static_cast<double>(tile.bytes_of_a() + tile.bytes_of_c());
+  share_out(cut, multiprocessors, tiles_per_piece, kStaying);
+  return cut;
+}
+
+// In microseconds, on an H200.
+inline double estimate(const Sizes& sizes, const Tf32Size& tile, int multiprocessors) {
+  const sm90::Cut cut = cut_of(sizes, tile, multiprocessors);
+  const auto useful = [](int64_t size, int64_t blocks, int block) {
+    return static_cast<double>(size) / static_cast<double>(blocks * block);
+  };
+  const double rows = useful(sizes.m, cut.m_blocks, tile.m()), columns = useful(sizes.n, cut.n_blocks, tile.n());
+  const auto bytes = [](int64_t bytes) { return 1e-3 * static_cast<double>(bytes); };
+  const double of_tile = 0.433 +
+                         rows * (0.0152 * bytes(tile.bytes_of_a()) + 0.011 * columns * bytes(tile.bytes_of_c())) +
+                         0.111e-6 * tile.m() * tile.n() * tile.k;
+  const double of_piece = 1.18 + 0.05 * bytes(tile.bytes_of_b());
+  return 2.46 + static_cast<double>(cut.most_tiles()) * of_tile + static_cast<double>(cut.most_groups()) * of_piece;
+}
+
+// The tile with which the kernel takes a product; none where cuBLAS is the faster one.
+inline std::optional<Tf32Size> preferred_tf32(const Sizes& sizes, bool b_is_transposed, int multiprocessors) {
+  constexpr int64_t kLongest = 256;
+  if (sizes.k > kLongest || sizes.gathers) return std::nullopt;
+  // Long heads are worth it where little of a tile is for nothing; cuBLAS needs not turn a transposed B.
+  if (sizes.k > 128 && (b_is_transposed || sizes.k <= 192 || sizes.n < 128)) return std::nullopt;
+  std::optional<Tf32Size> best;
+  double least = 0;
+  for (const Tf32Size& tile : kTf32Sizes) {
+    if (tile.k < sizes.k) continue;
+    const double own = estimate(sizes, tile, multiprocessors);
+    if (best && own >= least) continue;
+    best = tile;
+    least = own;
+  }
+  // What cuBLAS was found to take, in microseconds.
+  constexpr double kBytesPerSecond = 4.2e12, kFlopPerSecond = 413e12, kTimesFloor = 1.55, kOnTop = 2;
+  const auto m = static_cast<double>(sizes.m), n = static_cast<double>(sizes.n), k = static_cast<double>(sizes.k);
+  const double heads = static_cast<double>(sizes.heads), elements = heads * (m * k + k * n + m * n);
+  const double floor = 1e6 * std::max(4 * elements / kBytesPerSecond, 2 * heads * m * n * k / kFlopPerSecond);
+  return least < kTimesFloor * floor + kOnTop ? best : std::nullopt;
+}
+
+}  // namespace mhmatmul::cuda::tuning
