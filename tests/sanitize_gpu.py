@@ -3,9 +3,9 @@
 Each tool runs the same tests in one process, without the caching allocator, so that the memory around every
 tensor is the driver's to guard. Arguments that name tools choose among them, others go to pytest.
 
-On an H200 synccheck takes a minute and memcheck seven; racecheck had done 57 of 350 tests after four. With
---kernel-name, for our kernels alone, it fails itself: "failed to handle a hardware exception" (compute-sanitizer
-2025.3.1).
+On an H200 synccheck takes a minute, memcheck seven and initcheck, in four processes, one and a half; racecheck takes
+ten seconds a test. With --kernel-name, for our kernels alone, it fails itself: "failed to handle a hardware exception"
+(compute-sanitizer 2025.3.1).
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ def is_of_cublas_alone(output: str) -> bool:
 def is_of_others_alone(output: str) -> bool:
     """Whether no read reported is one of our kernels': the tool cannot see what the copy engine has written.
 
-    What was never written is therefore for the tests to find, which compare every element.
+    What was never written is therefore for the tests to find, which compare every element. A kernel with more such
+    reads than the tool has room for is reported in part, which counts as two errors more.
     """
     kernels = re.findall(r"Uninitialized __global__ memory read.*\n=+ +at (.*)", output)
     summary = re.search(r"ERROR SUMMARY: (\d+) errors?", output)
-    return summary is not None and len(kernels) == int(summary[1]) > 0 and not any("mhmatmul" in k for k in kernels)
+    reported = len(kernels) + 2 * output.count("Error buffer overflow has been detected")
+    return summary is not None and reported == int(summary[1]) > 0 and not any("mhmatmul" in k for k in kernels)
 
 
 def all_passed(output: str) -> bool:

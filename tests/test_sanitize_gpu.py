@@ -44,4 +44,8 @@ def test_reads_of_others(kernel, expected):
     output = READS.format(kernel)
     assert sanitize_gpu.is_of_others_alone(output) == expected
     assert not sanitize_gpu.is_of_others_alone(output.replace(": 1 error", ": 2 errors")), "one was not printed"
+    overflow = "========= Warning: Error buffer overflow has been detected. Some records have been dropped\n"
+    in_part = overflow + output.replace(": 1 error", ": 3 errors")
+    assert sanitize_gpu.is_of_others_alone(in_part) == expected
+    assert not sanitize_gpu.is_of_others_alone(overflow + output)
     assert not sanitize_gpu.is_of_others_alone(NOTHING)
