@@ -110,9 +110,6 @@
 //     warpgroups at 512 -> 512, found 32 -> 38 us.
 //   - Asking for A in L2 a tile ahead, by one block of those that read it: the same at 512 -> 512, 3 to 21 % slower
 //     elsewhere.
-//   - TF32, B turned by threads for the matrix unit, which wants it along k: faster than cuBLAS only where heads are
-//     short (40 us for 48 at 32 -> 32, 22.5 for 25 at 64 -> 64; 138 for 114 at 128 -> 512, 72 for 65 at 256 -> 256),
-//     and 2.5 times as far from exact, since the matrix unit cuts what nobody has rounded.
 //
 // A copy of as many bytes (Tensor.copy_), measured alike, is not at the floor either: 0.91 at 256 -> 256, 4096 rows,
 // 0.90 at 128 -> 128, 8192 rows of 16 heads, 0.84 at 64 -> 64, 12608 rows, 0.91 at 32 -> 32, 0.975 at 128 -> 512, 1024

@@ -1,31 +1,35 @@
 // When a product of float32, rounded to TF32, is taken by the Hopper kernel and with which tile: every number that was
 // found by measuring, and how.
 //
-// Predicted: at the same share of the floor as bfloat16's kernels, 0.85, where cuBLAS is at 0.64 to 0.77. Measured on
-// H200s, replays of a CUDA graph over operands that L2 does not hold; ours / cuBLAS 13.0 in microseconds (floor: the
-// bytes at 4.2 TB/s or FLOP at 413 TFLOP/s), in one run:
-//   64 heads 64 -> 64, 8192 rows     72 / 89 (64)     128 heads 128 -> 512, 1024 rows  110 / 114 (87)
-//   32 heads 32 -> 32, 16384 rows    38 / 50 (32)     128 heads 128 -> 512, 4096 rows  395 / 425 (326)
+// Predicted: the share of the floor that bfloat16's kernels have, 0.85, where cuBLAS is at 0.64 to 0.77; found 0.74 to
+// 0.88. Measured on H200s, replays of a CUDA graph over operands that L2 does not hold; ours / cuBLAS 13.0 in
+// microseconds (floor: the bytes at 4.2 TB/s or FLOP at 413 TFLOP/s), in one run:
+//   64 heads 64 -> 64, 8192 rows     73 / 89 (64)     128 heads 128 -> 512, 1024 rows  111 / 114 (87)
+//   32 heads 32 -> 32, 16384 rows    38 / 50 (32)     128 heads 128 -> 512, 4096 rows  397 / 424 (326)
 //   12 heads 64 -> 64, 12608 rows    21 / 25 (18)     10 heads 256 -> 256, 8192 rows    53 / 67 (40)
 //   16 heads 128 -> 128, 8192 rows   37 / 48 (32)     16 heads 256 -> 256, 4096 rows    44 / 50 (33)
 //   16 heads 64 -> 256, 8192 rows    50 / 64 (40)     32 heads 128 -> 128, 1024 rows    12 / 14 (8)
 // Results are as far from exact as cuBLAS's, to three digits.
 //
 // The rules come from 839 products drawn by lot, each with all widths of tiles and by cuBLAS: heads of 16 to 256, 8 to
-// 4096 columns, 1 to 128 heads, 1 to 16384 rows, a third with B transposed. Where the rules below take one (a fifth of
-// them), 0.88 of cuBLAS's time in the geometric mean, 10 of 171 over 5 % slower. benchmarks/gpu_random.py draws others.
-// The estimate is the least squares fit to these times, 14 % off in the root mean square.
+// 4096 columns, 1 to 128 heads, 1 to 16384 rows, a third with B transposed; cuBLAS's time is 1 (geometric means):
+//   the best width, always                                1.20
+//   the best width, or cuBLAS where it is faster          0.949
+//   the rules below                                       0.973
+//   those 170 that the rules take                         0.874 (9 are over 5 % slower)
+// 300 others, by benchmarks/gpu_random.py: 1.05 times the speed at multiples of 8, 3 of 218 over 5 % slower. The
+// estimate is the least squares fit to the 839, 14 % off in the root mean square.
 //
-// What made the difference, heads of 128 -> 512, 1024 and 4096 rows; 256 -> 256, 4096 rows:
-//   - All warpgroups in step, meeting once a tile, two tiles' sums in turn: 115, 397; 51. Without the matrix unit 101
-//   of
-//     the 115 remained, without anything but the meeting 36. Stores by a thread for each 128 bytes of a row: 118, 418.
-//   - A thread that brings, one that stores, no meeting, B through A's stages: 109, 395; 47.5.
-//   - Pairs that bring A for one another: 112, 403; 44. So only where B is long.
-// Tried and left: clusters of four (twice as slow; the multiprocessors are not there in fours), warpgroups that
-// multiply in turn (1 % faster to 4 % slower), two or four tiles of C instead of three, A and B not rounded by the copy
-// engine (as fast). In an earlier kernel, B turned in shared memory: 138 us at 1024 rows of 128 -> 512, 72 at 256 ->
-// 256.
+// What made the difference, microseconds of 128 -> 512 with 1024 and with 4096 rows, and of 256 -> 256 with 4096:
+//   - Warpgroups in step, meeting once a tile, two tiles' sums in turn, one thread that stores: 115, 397, 51.
+//   - Each 128 bytes of a row stored by a thread of its own: 118, 418, 52. Of these were left, with a 16th or 32nd of
+//     the multiplications, 107, 404, 43; without stores 101, 333, 44; with neither, nor A, 36, 121, 16.
+//   - A thread that brings, one that stores, no meeting, B through A's stages: 109, 395, 48.
+//   - Pairs that bring A for one another: 113, 403, 45. So only where B is long.
+// Tried and left: clusters of four (200 us for 73 at 256 -> 512; multiprocessors do not come in fours), warpgroups that
+// multiply in turn (1 % faster to 4 % slower), two tiles of C instead of three (up to 5 % slower), A and B not rounded
+// by the copy engine (as fast, but twice as far from exact or more, since the matrix unit cuts what it is given). In an
+// earlier kernel, B turned in shared memory: 138 us at 1024 rows of 128 -> 512, 72 at 256 -> 256.
 //
 // ptxas 13.0: 96 registers at launch, 168 where B is long, no spills.
 #pragma once
