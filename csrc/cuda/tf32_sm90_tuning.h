@@ -25,11 +25,12 @@
 //   - Each 128 bytes of a row stored by a thread of its own: 118, 418, 52. Of these were left, with a 16th or 32nd of
 //     the multiplications, 107, 404, 43; without stores 101, 333, 44; with neither, nor A, 36, 121, 16.
 //   - A thread that brings, one that stores, no meeting, B through A's stages: 109, 395, 48.
-//   - Pairs that bring A for one another: 113, 403, 45. So only where B is long.
-// Tried and left: clusters of four (200 us for 73 at 256 -> 512; multiprocessors do not come in fours), warpgroups that
-// multiply in turn (1 % faster to 4 % slower), two tiles of C instead of three (up to 5 % slower), A and B not rounded
-// by the copy engine (as fast, but twice as far from exact or more, since the matrix unit cuts what it is given). In an
-// earlier kernel, B turned in shared memory: 138 us at 1024 rows of 128 -> 512, 72 at 256 -> 256.
+//   - Pairs that bring A for one another, in another run: 113 where 112 without, 403 where 401, 45 where 48. So only
+//     where B is long.
+// Tried and left: clusters of four (1.9 times as long as two at 256 -> 512; multiprocessors do not come in fours),
+// warpgroups that multiply in turn (1 % faster to 4 % slower), two tiles of C instead of three (up to 5 % slower), A
+// and B not rounded by the copy engine (as fast; the matrix unit cuts what it is given, which was 2.5 times as far from
+// exact in an earlier kernel). That one turned B in shared memory: 138 us at 1024 rows of 128 -> 512, 72 at 256 -> 256.
 //
 // ptxas 13.0: 96 registers at launch, 168 where B is long, no spills.
 #pragma once
