@@ -78,7 +78,7 @@ bool run_sm90_where_faster(const Tensor& rows, const Tensor& weight, const Tenso
   if (rows_given.defined()) gemm.rows_given = rows_given.const_data_ptr<int32_t>();
   const auto stream = at::cuda::getCurrentCUDAStream();
   if (is_float32) {
-    if (!takes_tf32_sm90(gemm) || !allows_tf32()) return false;
+    if (!allows_tf32() || !takes_tf32_sm90(gemm)) return false;
     run_tf32_sm90(gemm, stream);
   } else {
     if (!takes_sm90(gemm)) return false;
