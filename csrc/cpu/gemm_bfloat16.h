@@ -109,14 +109,14 @@ template <class Unit>
 void forward(const ForwardProblem& problem, const Tasks& tasks, int64_t task) {
   const G::Part part(tasks, task, problem.heads, problem.m, problem.n);
   const int64_t depth = ceil_div(problem.k, kStep) * kStep, head_size = depth * part.width;
+  const int64_t packed_size = part.heads * head_size;
   Arena arena(G::Rows<T>::bytes(part.rows) + G::bias_bytes(problem, part) + Arena::bytes<float>(problem.k) +
-              Arena::bytes<T>(kBlock * depth) + Arena::bytes<T>(part.heads * head_size) +
-              Arena::bytes<float>(kBlock * kBlock));
+              Arena::bytes<T>(kBlock * depth) + Arena::bytes<T>(packed_size) + Arena::bytes<float>(kBlock * kBlock));
   const G::Rows<T> rows(arena, problem, part);
   if (rows.count == 0) return;
   const float* const bias = G::convert_bias<T>(arena, problem, part);
   T* const a = arena.take<T>(kBlock * depth);
-  T* const packed = arena.take<T>(part.heads * head_size);
+  T* const packed = arena.take<T>(packed_size);
   float* const sums = arena.take<float>(kBlock * kBlock);
   const T* const b = static_cast<const T*>(problem.b) + part.first_head * problem.b_strides.head +
                      part.first_column * problem.b_strides.column;
@@ -158,13 +158,13 @@ void wgrad(const WgradProblem& problem, const Tasks& tasks, int64_t task) {
   constexpr int64_t kDeep = kBlockTokens * kBlock;  // of 32 columns of A or G
   constexpr int64_t kSums = kBlock * kBlock;
   static_assert(kBlockTokens % kStep == 0);
-  Arena arena(Arena::bytes<G::Tokens<T>>(1) + Arena::bytes<T>(part.heads * (blocks + panels) * kDeep) +
-              Arena::bytes<float>(part.heads * blocks * panels * kSums));
+  const int64_t packed_size = part.heads * (blocks + panels) * kDeep, sums_size = part.heads * blocks * panels * kSums;
+  Arena arena(Arena::bytes<G::Tokens<T>>(1) + Arena::bytes<T>(packed_size) + Arena::bytes<float>(sums_size));
   auto* const tokens = arena.take<G::Tokens<T>>(1);
-  T* const a = arena.take<T>(part.heads * (blocks + panels) * kDeep);
+  T* const a = arena.take<T>(packed_size);
   T* const g = a + part.heads * blocks * kDeep;
-  float* const sums = arena.take<float>(part.heads * blocks * panels * kSums);
-  if (problem.t == 0) fill(sums, part.heads * blocks * panels * kSums, 0.0f);
+  float* const sums = arena.take<float>(sums_size);
+  if (problem.t == 0) fill(sums, sums_size, 0.0f);
 
   [[maybe_unused]] const typename Unit::Registers registers;
   for (int64_t first = 0; first < problem.t; first += kBlockTokens) {
