@@ -17,6 +17,9 @@
 //   the best width, or cuBLAS where it is faster          0.949
 //   the rules below                                       0.973
 //   those 170 that the rules take                         0.874 (9 are over 5 % slower)
+// Their times are benchmarks/results/2026-11-28-h200-tf32-tiles.csv: three widths of tiles, of 256 columns only where
+// heads are of 128 at most; the width that has room for all columns; the same without warpgroups in turn, which the
+// others had (see below).
 // 300 others, by benchmarks/gpu_random.py: 1.05 times the speed at multiples of 8, 3 of 218 over 5 % slower. The
 // estimate is the least squares fit to the 839, 14 % off in the root mean square.
 //
