@@ -18,12 +18,13 @@
 // What is left: with A and C in L1 the kernels run at 0.8 to 0.9 of the multiply-add rate, from memory at 0.65 to 0.75.
 //
 // bfloat16 on AMX runs at 2.5 to 4 times the float32 multiply-add rate and is bound by memory; at heads of 64 at 1.5.
+// AVX2, on the same machine: for a single row of half types, fetching the next columns of B ahead gains 12 % (float32:
+// 5 % slower; AVX-512: nothing); wider rows of it are slower. Otherwise as AVX-512. The portable kernels have not been
+// tuned.
+//
 // bfloat16 with AVX-512 BF16 (2 cores of an EPYC, Zen 4), predicted from the instruction, which does two multiply-adds:
 // twice float32's speed. Found: 1.9 times in the geometric mean, 1.5 to 2.2, and 0.91 to 3.05 times the speed of einsum
-// on oneDNN, which uses it, too. Register blocks are 8 rows by 2 vectors: the 16 rows of a tile are two of them. AVX2,
-// on the same machine: for a single row of half types, fetching the next columns of B ahead gains 12 % (float32: 5 %
-// slower; AVX-512: nothing); wider rows of it are slower. Otherwise as AVX-512. The portable kernels have not been
-// tuned.
+// on oneDNN, which uses it, too. Register blocks are 8 rows by 2 vectors: the 16 rows of a tile are two of them.
 #pragma once
 
 #include <cstdint>
