@@ -98,9 +98,7 @@ void run_indices(const HeadBackward& backward, float* partial, cudaStream_t stre
 
 bool takes_backward_sm90(const HeadBackward& backward) {
   if (!runs_here() || tuning::backward_tile_shape(backward).hd == 0) return false;
-  constexpr int64_t kLargest = INT32_MAX - 256;  // a tile's end is an int, too
-  for (const int64_t size : {backward.m, backward.hd, backward.e, backward.heads, backward.named_rows})
-    if (size < 1 || size > kLargest) return false;
+  if (!are_countable({backward.m, backward.hd, backward.e, backward.heads, backward.named_rows})) return false;
   constexpr int64_t kMostHeads = 1 << 20;  // segments are counted in an int
   if (backward.heads > kMostHeads) return false;
   if (backward.hd % 8 != 0 || backward.e % 8 != 0) return false;

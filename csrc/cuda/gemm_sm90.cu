@@ -265,9 +265,7 @@ void launch_element(const HeadGemm& whole, cudaStream_t stream) {
 
 bool takes_sm90(HeadGemm& gemm) {
   if (!runs_here()) return false;
-  constexpr int64_t kLargest = INT32_MAX - 256;  // a tile's end is an int, too
-  for (const int64_t size : {gemm.m, gemm.n, gemm.k, gemm.batch, gemm.a_rows})
-    if (size < 1 || size > kLargest) return false;
+  if (!are_countable({gemm.m, gemm.n, gemm.k, gemm.batch, gemm.a_rows})) return false;
   const int multiprocessors = attribute_of_device(cudaDevAttrMultiProcessorCount);
   const LooseOperands loose = loose_of(gemm);
   if (loose.any())

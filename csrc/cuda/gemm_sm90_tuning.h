@@ -160,13 +160,18 @@ constexpr TileSize kTileSizes[] = {{128, 128}, {64, 256}, {64, 192}, {128, 64}, 
 // The longest heads whose piece of B leaves A what it needs.
 inline int64_t longest_head(const TileSize& tile) { return tile.n == 256 ? 320 : (tile.n == 192 ? 448 : kLongestHead); }
 
-inline sm90::Cut cut_of(const Sizes& sizes, const TileSize& tile, int multiprocessors) {
+inline sm90::Cut not_shared_out(const Sizes& sizes, const TileSize& tile) {
   const auto blocks = [](int64_t size, int block) { return static_cast<int>((size + block - 1) / block); };
   sm90::Cut cut{};
   cut.m_blocks = blocks(sizes.m, tile.m);
   cut.n_blocks = blocks(sizes.n, tile.n);
   cut.k_blocks = blocks(sizes.k, sm90::kDepth);
   cut.heads = static_cast<int>(sizes.heads);
+  return cut;
+}
+
+inline sm90::Cut cut_of(const Sizes& sizes, const TileSize& tile, int multiprocessors) {
+  sm90::Cut cut = not_shared_out(sizes, tile);
   share_out(cut, multiprocessors, kTilesPerPiece, kStaying);
   return cut;
 }

@@ -4,7 +4,9 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -110,6 +112,12 @@ inline bool is_walkable(const void* data, int64_t outer, int64_t outer_stride, i
     return size == 1 || (bytes > 0 && bytes < kFarthest && bytes % kAlignment == 0);
   };
   return reinterpret_cast<uintptr_t>(data) % kAlignment == 0 && fits(outer, outer_stride) && fits(batch, batch_stride);
+}
+
+// Whether kernels can count to each of these: a tile's end is an int, too.
+inline bool are_countable(std::initializer_list<int64_t> sizes) {
+  constexpr int64_t kLargest = INT32_MAX - 256;
+  return std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size >= 1 && size <= kLargest; });
 }
 
 inline bool runs_here() {

@@ -4,6 +4,9 @@
 #include "tf32_sm90.cuh"
 #include "tf32_sm90_tuning.h"
 
+#include <iterator>
+#include <utility>
+
 namespace mhmatmul::cuda {
 namespace {
 
@@ -58,9 +61,7 @@ void launch_chosen(const HeadGemm& gemm, cudaStream_t stream, std::index_sequenc
 
 bool takes_tf32_sm90(HeadGemm& gemm) {
   if (!runs_here()) return false;
-  constexpr int64_t kLargest = INT32_MAX - 256;  // a tile's end is an int, too
-  for (const int64_t size : {gemm.m, gemm.n, gemm.k, gemm.batch})
-    if (size < 1 || size > kLargest) return false;
+  if (!are_countable({gemm.m, gemm.n, gemm.k, gemm.batch})) return false;
   const auto fits = [&](const void* data, int64_t rows, int64_t stride, int64_t batch_stride) {
     return is_walkable(data, rows, stride, gemm.batch, batch_stride, kFloatSize);
   };
