@@ -73,7 +73,7 @@ def default_path(device: str) -> Path:
 
 
 def gpu_path(kind: str = "") -> Path:
-    """The same for the current GPU, such as `results/2026-01-31-gpu-nvidia-h200-sizes.json`."""
+    """The same for the current GPU, such as `results/2026-01-31-gpu-nvidia-h200-bfloat16-sizes.json`."""
     return default_path("-".join(["gpu", *torch.cuda.get_device_name().lower().split(), *kind.split()]))
 
 
