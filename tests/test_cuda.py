@@ -88,10 +88,11 @@ SMALL = [
     (1000, 18, 70, 130),
     (1000, 33, 67, 131),
 ]
-# float32 that may be rounded to TF32: each tile, what does not divide, one group of tiles for each block and several,
-# blocks in pairs and, with three pieces of a head's weight, without; columns of a tile that are not there; few rows and
-# rows at no multiples of 16 bytes, which are cuBLAS's
-TF32 = [
+# float32 that may be rounded to TF32, weights held and, for heads over 128, streamed: each tile, what does not divide,
+# one group of tiles for each block and several; columns of a tile that are not there, and inputs; blocks in pairs and,
+# where there are three or five tiles side by side, without. Few rows, few columns for long heads and rows at no
+# multiples of 16 bytes are cuBLAS's.
+TF32_HELD = [
     (16384, 32, 32, 32),
     (700, 264, 32, 32),
     (16001, 16, 32, 12),
@@ -106,11 +107,18 @@ TF32 = [
     (4001, 16, 72, 200),
     (1024, 128, 128, 512),
     (1000, 66, 128, 1024),
-    (4097, 16, 252, 252),
+]
+TF32_STREAMED = [
     (3000, 66, 256, 256),
     (4000, 44, 256, 384),
+    (4001, 34, 252, 252),
+    (2001, 3, 140, 636),
+    (2000, 8, 512, 512),
+    (1001, 6, 640, 636),
+    (8192, 1, 1000, 1000),
 ]
-CUBLAS_TF32 = [(64, 16, 128, 128), (4096, 32, 33, 64), (4096, 32, 64, 33), (2000, 8, 512, 512)]
+TF32 = TF32_HELD + TF32_STREAMED
+CUBLAS_TF32 = [(64, 16, 128, 128), (4096, 32, 33, 64), (4096, 32, 64, 33), (256, 4, 512, 512), (4096, 32, 512, 128)]
 # as SMALL
 SMALL_TF32 = [
     (1000, 64, 32, 32),
@@ -121,6 +129,8 @@ SMALL_TF32 = [
     (800, 40, 128, 128),
     (128, 64, 128, 512),
     (3000, 16, 256, 256),
+    (501, 22, 260, 252),
+    (501, 16, 140, 384),
 ]
 # rows to gather from, rows gathered, nh, hd, e: every number of blocks of k, tiles in part, one row, one head; a little
 # for those tools, here and below
@@ -268,7 +278,9 @@ def test_nothing_beside_the_result_is_written_in_tf32(size, tf32):
 
 
 @pytest.mark.parametrize(
-    "size", [(16384, 32, 32, 32), (8192, 16, 128, 128), (4096, 128, 128, 512), (8192, 20, 256, 256)], ids=str
+    "size",
+    [(16384, 32, 32, 32), (8192, 16, 128, 128), (4096, 128, 128, 512), (8192, 20, 256, 256), (4000, 12, 512, 640)],
+    ids=str,
 )
 def test_rows_do_not_meet_in_tf32(size, tf32):
     """The same bits whatever rows are beside a row, and what is not finite stays in its row, and in its head."""
@@ -290,16 +302,21 @@ def test_when_tf32_is_taken(tf32):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is for Hopper")
 
-    def takes(m, nh, hd, e):
+    def kernel(m, nh, hd, e):
         operands = torch.randn(m, nh, hd, device="cuda"), torch.randn(nh, hd, e, device="cuda")
-        return any("tf32_kernel" in name for name in kernels_of(lambda: ops.head_matmul(*operands)))
+        names = kernels_of(lambda: ops.head_matmul(*operands))
+        return next((own for own in ("held", "streamed") if any(f"tf32_{own}" in name for name in names)), None)
 
-    for size in TF32 + SMALL_TF32:
-        assert takes(*size), size
+    for size in TF32_HELD:
+        assert kernel(*size) == "held", size
+    for size in TF32_STREAMED:
+        assert kernel(*size) == "streamed", size
+    for size in SMALL_TF32:
+        assert kernel(*size) is not None, size
     for size in CUBLAS_TF32:
-        assert not takes(*size), size
+        assert kernel(*size) is None, size
     torch.set_float32_matmul_precision("highest")
-    assert not takes(*TF32[0])
+    assert kernel(*TF32[0]) is None
 
 
 @pytest.mark.parametrize("size", DENSE[:5] + DENSE[-2:] + UNALIGNED, ids=str)

@@ -78,6 +78,50 @@ def test_walk(library, heads, m_blocks, n_blocks, multiprocessors, left_out):
     assert most[1] <= library.most_tiles_of(*cut), "a last run may be shorter"
 
 
+def dealt_tiles(library, deal, heads_before_rows, block):
+    heads, m_blocks, n_blocks, _ = deal
+    out, team, most = (ctypes.c_int * (3 * heads * m_blocks * n_blocks))(), ctypes.c_int(), ctypes.c_int()
+    count = library.dealt_tiles(*deal, heads_before_rows, block, out, ctypes.byref(team), ctypes.byref(most))
+    assert count <= most.value
+    return [tuple(out[3 * i : 3 * i + 3]) for i in range(count)], team.value, most.value
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    heads=st.integers(1, 40),
+    m_blocks=st.integers(1, 20),
+    n_blocks=st.integers(1, 9),
+    multiprocessors=st.integers(1, 140),
+    heads_before_rows=st.booleans(),
+)
+@example(heads=10, m_blocks=32, n_blocks=2, multiprocessors=132, heads_before_rows=True)
+@example(heads=3, m_blocks=1, n_blocks=8, multiprocessors=1, heads_before_rows=False)
+def test_dealt_walk(library, heads, m_blocks, n_blocks, multiprocessors, heads_before_rows):
+    deal = (heads, m_blocks, n_blocks, multiprocessors)
+    blocks = library.dealt_blocks(*deal)
+    assert 1 <= blocks <= multiprocessors
+    walks = [dealt_tiles(library, deal, heads_before_rows, block) for block in range(blocks)]
+    _, team, most = walks[0]
+    assert blocks % team == 0, "clusters are whole"
+    assert max(len(tiles) for tiles, _, _ in walks) == most
+    assert min(len(tiles) for tiles, _, _ in walks) >= max(1, most - 1), "evenly dealt"
+    seen = list(chain.from_iterable(tiles for tiles, _, _ in walks))
+    assert sorted(seen) == sorted(product(range(n_blocks), range(heads), range(m_blocks))), "every tile once"
+    for first in range(0, blocks, team):
+        together = zip(*(tiles for tiles, _, _ in walks[first : first + team]), strict=True)
+        for tiles in together:
+            assert len({tile[1:] for tile in tiles}) == 1, "a team shares rows of a head"
+            assert [tile[0] for tile in tiles] == list(range(tiles[0][0], tiles[0][0] + team))
+    if n_blocks == team and len(walks) > team and heads > 1 and m_blocks > 1:
+        (_, head, row), (_, next_head, next_row) = walks[0][0][0], walks[team][0][0]
+        assert (next_head - head, next_row - row) == ((1, 0) if heads_before_rows else (0, 1))
+
+
+def test_more_tiles_than_can_be_counted(library):
+    assert library.dealt_blocks(2**15, 2**15, 2, 132) == 132
+    assert library.dealt_blocks(2**15, 2**16, 2, 132) == 0
+
+
 TILES = {(128, 128), (64, 256), (64, 192), (128, 64), (64, 128)}
 
 
@@ -129,6 +173,9 @@ def test_which_tile_and_whether(library):
         assert tile_of(library, 8192, 32, 128, n, gathers=True) == tile
 
 
+STREAMED = (256, 128, 32)
+
+
 def tf32_tile_of(library, m, heads, k, n, transposed=False, multiprocessors=132):
     """None where cuBLAS is the faster one."""
     tile = (ctypes.c_int * 3)()
@@ -145,14 +192,21 @@ def tf32_tile_of(library, m, heads, k, n, transposed=False, multiprocessors=132)
     multiprocessors=st.integers(1, 140),
 )
 @example(m=2**31 - 300, heads=1, k=256, n=1, transposed=False, multiprocessors=1)
+@example(m=2**31 - 300, heads=300, k=512, n=5000, transposed=False, multiprocessors=132)
 def test_whatever_is_taken_in_tf32_has_a_tile(library, m, heads, k, n, transposed, multiprocessors):
     tile = tf32_tile_of(library, m, heads, k, n, transposed, multiprocessors)
-    if tile is not None:
-        rows, columns, inputs = tile
-        assert k <= inputs <= 256
-        assert inputs < 256 or not transposed
-        assert rows * columns == (4096 if inputs == 256 else 8192), "32 rows and 64 columns for each warpgroup"
-        assert columns in (64, 128, 256)
+    if tile is None:
+        return
+    if tile == STREAMED:
+        assert 128 < k <= 2048
+        assert n > 128
+        assert not transposed
+        return
+    rows, columns, inputs = tile
+    assert k <= inputs
+    assert inputs in (32, 64, 128)
+    assert columns in (64, 128, 256)
+    assert rows * columns == 8192, "four warpgroups, each with 32 rows and 64 columns"
 
 
 def test_which_tile_of_tf32_and_whether(library):
@@ -162,10 +216,14 @@ def test_which_tile_of_tf32_and_whether(library):
         (8192, 64, 64, 64, (128, 64, 64)),
         (16384, 32, 32, 32, (128, 64, 32)),
         (8192, 16, 128, 128, (64, 128, 128)),
-        (8192, 10, 256, 256, (32, 128, 256)),
+        (8192, 10, 256, 256, STREAMED),
+        (8192, 4, 512, 512, STREAMED),
+        (4096, 8, 1024, 1024, STREAMED),
+        (1024, 128, 512, 128, None),
         (4096, 16, 192, 192, None),
-        (8192, 4, 512, 512, None),
+        (4096, 1, 4096, 4096, None),
         (64, 128, 128, 512, None),
+        (64, 16, 512, 512, None),
         (256, 1, 64, 64, None),
     ):
         assert tf32_tile_of(library, m, heads, k, n) == tile, (m, heads, k, n)

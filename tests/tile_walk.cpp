@@ -50,10 +50,43 @@ extern "C" bool tf32_tile_of(int64_t m, int64_t heads, int64_t k, int64_t n, boo
                              int* tile) {
   const auto preferred = tuning::preferred_tf32({m, n, k, heads, /*gathers=*/false}, b_is_transposed, multiprocessors);
   if (!preferred) return false;
-  tile[0] = preferred->m();
-  tile[1] = preferred->n();
+  tile[0] = preferred->m;
+  tile[1] = preferred->n;
   tile[2] = preferred->k;
   return true;
+}
+
+// Where tiles are dealt to blocks in turn, how many blocks there are; none: the tiles cannot be counted.
+static Deal dealt(int heads, int m_blocks, int n_blocks, int multiprocessors, bool heads_before_rows, bool* counted) {
+  Deal deal{};
+  deal.heads = heads;
+  deal.m_blocks = m_blocks;
+  deal.n_blocks = n_blocks;
+  deal.heads_before_rows = heads_before_rows;
+  *counted = deal_out(deal, multiprocessors);
+  return deal;
+}
+extern "C" int dealt_blocks(int heads, int m_blocks, int n_blocks, int multiprocessors) {
+  bool counted = false;
+  const Deal deal = dealt(heads, m_blocks, n_blocks, multiprocessors, false, &counted);
+  return counted ? deal.blocks : 0;
+}
+
+// Writes a block's tiles as (n_block, head, m_block), and of its team how many blocks there are and the most tiles of
+// any block; how many.
+extern "C" int dealt_tiles(int heads, int m_blocks, int n_blocks, int multiprocessors, bool heads_before_rows,
+                           int block, int* tiles, int* team, int* most_tiles) {
+  bool counted = false;
+  const Deal deal = dealt(heads, m_blocks, n_blocks, multiprocessors, heads_before_rows, &counted);
+  *team = deal.team;
+  *most_tiles = deal.most_tiles();
+  int count = 0;
+  for (DealtWalk walk(deal, block); !walk.at_end(); walk.next(), ++count) {
+    tiles[3 * count] = walk.n_block;
+    tiles[3 * count + 1] = walk.head;
+    tiles[3 * count + 2] = walk.m_block;
+  }
+  return count;
 }
 
 // Of a walk over the first `given` blocks of rows, writes at most `capacity` tiles as (n_block, head, m_block, is first

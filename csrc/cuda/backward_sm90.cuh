@@ -125,9 +125,7 @@ __device__ void bring_grad(const CUtensorMap& map, uint64_t* full, unsigned char
   if constexpr (Tile::kCluster == 1) {
     bring(map, full, to, column, head, row);
   } else {
-    cute::SM90_TMA_LOAD_MULTICAST_3D::copy(&map, full, (1 << Tile::kCluster) - 1,
-                                           static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, column,
-                                           head, row);
+    bring_to_all(map, full, to, Tile::kCluster, column, head, row);
   }
 }
 

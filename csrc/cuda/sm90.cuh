@@ -47,9 +47,18 @@ __device__ inline int place_in_panel(int row, int column) {
   return row * kRowBytes + ((column / 8) ^ (row % 8)) * 16 + column % 8 * 2;
 }
 
+using CacheHint = cute::TMA::CacheHintSm90;
+
 __device__ inline void bring(const CUtensorMap& map, uint64_t* barrier, void* to, int x, int y, int z) {
-  cute::SM90_TMA_LOAD_3D::copy(&map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, x, y,
-                               z);
+  cute::SM90_TMA_LOAD_3D::copy(&map, barrier, static_cast<uint64_t>(CacheHint::EVICT_NORMAL), to, x, y, z);
+}
+
+// The same to this place in each of `blocks` blocks, the cluster's; each one's own barrier is told.
+__device__ inline void bring_to_all(const CUtensorMap& map, uint64_t* barrier, void* to, int blocks, int x, int y,
+                                    int z) {
+  const auto all = static_cast<uint16_t>((1 << blocks) - 1);
+  cute::SM90_TMA_LOAD_MULTICAST_3D::copy(&map, barrier, all, static_cast<uint64_t>(CacheHint::EVICT_NORMAL), to, x, y,
+                                         z);
 }
 
 // A panel on its way out of shared memory; one that leaves the cache is first to be evicted from L2.
@@ -57,8 +66,7 @@ __device__ inline void store(const CUtensorMap& map, bool leaves_cache, const vo
   if (!leaves_cache) return cute::SM90_TMA_STORE_3D::copy(&map, from, x, y, z);
   asm volatile(
       "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;" ::"l"(&map),
-      "r"(cute::cast_smem_ptr_to_uint(from)), "r"(x), "r"(y), "r"(z),
-      "l"(static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST))
+      "r"(cute::cast_smem_ptr_to_uint(from)), "r"(x), "r"(y), "r"(z), "l"(static_cast<uint64_t>(CacheHint::EVICT_FIRST))
       : "memory");
 }
 

@@ -1,8 +1,9 @@
 #include "tf32_sm90.h"
 
 #include "sm90_host.h"
-#include "tf32_sm90.cuh"
+#include "tf32_held_sm90.cuh"
 #include "tf32_sm90_tuning.h"
+#include "tf32_streamed_sm90.cuh"
 
 #include <iterator>
 #include <utility>
@@ -16,45 +17,73 @@ constexpr int64_t kFloatSize = sizeof(float);
 
 tuning::Sizes sizes_of(const HeadGemm& gemm) { return {gemm.m, gemm.n, gemm.k, gemm.batch, gemm.indices != nullptr}; }
 
-template <class Tile>
-void launch(const HeadGemm& gemm, cudaStream_t stream) {
-  const int multiprocessors = attribute_of_device(cudaDevAttrMultiProcessorCount);
-  Tf32Params params{};
-  params.cut = tuning::cut_of(sizes_of(gemm), Tile::kSize, multiprocessors);
-  params.is_paired = Tile::kPairs && params.cut.n_blocks % 2 == 0 && params.cut.blocks > 1;
-  if (params.is_paired) params.cut.blocks -= params.cut.blocks % 2;
+CUtensorMap map_of_a(const HeadGemm& gemm, int rows) {
+  return tensor_map(gemm.a, {gemm.k, gemm.batch, gemm.m, gemm.a_batch_stride, gemm.a_stride, kFloats, 1, rows},
+                    CU_TENSOR_MAP_DATA_TYPE_TFLOAT32);
+}
+
+// Parts of 32 columns by `k` of their elements or, transposed, by 32.
+CUtensorMap map_of_b(const HeadGemm& gemm, int k) {
+  const Operand& b = gemm.b;
+  const int64_t rows = b.transposed ? gemm.n : gemm.k, width = b.transposed ? gemm.k : gemm.n;
+  return tensor_map(b.data, {width, rows, gemm.batch, b.ld, b.batch_stride, kFloats, b.transposed ? kFloats : k, 1},
+                    CU_TENSOR_MAP_DATA_TYPE_TFLOAT32);
+}
+
+// What both kernels are told alike.
+template <class Params>
+Params params_of(const HeadGemm& gemm) {
+  Params params{};
   params.bias = static_cast<const float*>(gemm.bias);
   params.bias_batch_stride = gemm.bias_batch_stride;
   params.n = static_cast<int>(gemm.n);
-  params.is_b_transposed = gemm.b.transposed;
   params.c_leaves_cache = gemm.m * gemm.n * gemm.batch * kFloatSize > tuning::kBytesCacheKeeps;
-  params.a = tensor_map(gemm.a, {gemm.k, gemm.batch, gemm.m, gemm.a_batch_stride, gemm.a_stride, kFloats, 1, Tile::kM},
-                        CU_TENSOR_MAP_DATA_TYPE_TFLOAT32);
-  const int64_t b_rows = gemm.b.transposed ? gemm.n : gemm.k, b_width = gemm.b.transposed ? gemm.k : gemm.n;
-  params.b = tensor_map(
-      gemm.b.data,
-      {b_width, b_rows, gemm.batch, gemm.b.ld, gemm.b.batch_stride, kFloats, gemm.b.transposed ? kFloats : Tile::kK, 1},
-      CU_TENSOR_MAP_DATA_TYPE_TFLOAT32);
-  params.c = tensor_map(gemm.c, {gemm.n, gemm.batch, gemm.m, gemm.c_batch_stride, gemm.c_stride, kFloats, 1, Tile::kM},
-                        CU_TENSOR_MAP_DATA_TYPE_FLOAT32);
-  check(cudaFuncSetAttribute(tf32_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kBytes),
-        "cudaFuncSetAttribute");
-  sm90::launch(tf32_kernel<Tile>, dim3(params.cut.blocks), Tile::kThreads, Tile::kBytes,
-               /*cluster=*/params.is_paired ? 2 : 1, stream, params);
+  return params;
+}
+
+template <class Params>
+void launch(void (*kernel)(Params), int blocks, int threads, int bytes, int cluster, cudaStream_t stream,
+            const Params& params) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+  sm90::launch(kernel, dim3(blocks), threads, bytes, cluster, stream, params);
 }
 
 template <class Tile>
-bool launch_if_chosen(const HeadGemm& gemm, cudaStream_t stream) {
-  if (gemm.tile_m != Tile::kM || gemm.tile_n != Tile::kN || gemm.tile_k != Tile::kK) return false;
-  launch<Tile>(gemm, stream);
-  return true;
+void launch_held(const HeadGemm& gemm, cudaStream_t stream) {
+  auto params = params_of<Tf32HeldParams>(gemm);
+  params.is_b_transposed = gemm.b.transposed;
+  params.cut = tuning::cut_of(sizes_of(gemm), Tile::kSize, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  params.a = map_of_a(gemm, Tile::kM);
+  params.b = map_of_b(gemm, Tile::kK);
+  params.c = tensor_map(gemm.c, {gemm.n, gemm.batch, gemm.m, gemm.c_batch_stride, gemm.c_stride, kFloats, 1, Tile::kM},
+                        CU_TENSOR_MAP_DATA_TYPE_FLOAT32);
+  launch(tf32_held_kernel<Tile>, params.cut.blocks, Tile::kThreads, Tile::kBytes, /*cluster=*/1, stream, params);
+}
+
+void launch_streamed(const HeadGemm& gemm, cudaStream_t stream) {
+  using Tile = Tf32StreamedTile;
+  auto params = params_of<Tf32StreamedParams>(gemm);
+  params.deal = tuning::deal_of(sizes_of(gemm), attribute_of_device(cudaDevAttrMultiProcessorCount)).value();
+  params.a = map_of_a(gemm, Tile::kBox);
+  params.b = map_of_b(gemm, kFloats);
+  params.c = static_cast<float*>(gemm.c);
+  params.c_stride = gemm.c_stride;
+  params.c_batch_stride = gemm.c_batch_stride;
+  params.m = static_cast<int>(gemm.m);
+  params.k_blocks = static_cast<int>((gemm.k + 2 * kFloats - 1) / (2 * kFloats) * 2);
+  launch(tf32_streamed_kernel<Tile>, params.deal.blocks, Tile::kThreads, Tile::kBytes, params.deal.team, stream,
+         params);
+}
+
+constexpr bool is(const tuning::Tf32Size& size, const HeadGemm& gemm) {
+  return gemm.tile_m == size.m && gemm.tile_n == size.n && gemm.tile_k == size.k;
 }
 
 template <size_t... i>
-void launch_chosen(const HeadGemm& gemm, cudaStream_t stream, std::index_sequence<i...>) {
-  constexpr const auto& sizes = tuning::kTf32Sizes;
-  if (!(launch_if_chosen<Tf32Tile<sizes[i].k, sizes[i].units, sizes[i].groups>>(gemm, stream) || ...))
-    throw std::logic_error("run_tf32_sm90 without takes_tf32_sm90");
+bool launch_held_chosen(const HeadGemm& gemm, cudaStream_t stream, std::index_sequence<i...>) {
+  constexpr const auto& sizes = tuning::kTf32Held;
+  return ((is(sizes[i], gemm) && (launch_held<Tf32HeldTile<sizes[i].m, sizes[i].n, sizes[i].k>>(gemm, stream), true)) ||
+          ...);
 }
 
 }  // namespace
@@ -72,14 +101,16 @@ bool takes_tf32_sm90(HeadGemm& gemm) {
   const auto tile =
       tuning::preferred_tf32(sizes_of(gemm), gemm.b.transposed, attribute_of_device(cudaDevAttrMultiProcessorCount));
   if (!tile) return false;
-  gemm.tile_m = tile->m();
-  gemm.tile_n = tile->n();
+  gemm.tile_m = tile->m;
+  gemm.tile_n = tile->n;
   gemm.tile_k = tile->k;
   return true;
 }
 
 void run_tf32_sm90(const HeadGemm& gemm, cudaStream_t stream) {
-  launch_chosen(gemm, stream, std::make_index_sequence<std::size(tuning::kTf32Sizes)>());
+  if (is(tuning::kTf32Streamed, gemm)) return launch_streamed(gemm, stream);
+  if (!launch_held_chosen(gemm, stream, std::make_index_sequence<std::size(tuning::kTf32Held)>()))
+    throw std::logic_error("run_tf32_sm90 without takes_tf32_sm90");
 }
 
 }  // namespace mhmatmul::cuda

@@ -1,5 +1,4 @@
-// The head-wise product of float32 on Hopper's own units, operands rounded to TF32: for heads so short that moving the
-// output is the work. Without Tensor, like gemm_sm90.h.
+// The head-wise product of float32 on Hopper's own units, operands rounded to TF32. Without Tensor, like gemm_sm90.h.
 #pragma once
 
 #include "gemm_sm90.h"

@@ -105,4 +105,58 @@ class Walk {
   int n_block = 0, head = 0, m_block = 0;
 };
 
+// How tiles are dealt where no piece of B is kept: a team of blocks has as many side by side, one each, and teams take
+// such groups in turn.
+struct Deal {
+  int m_blocks, n_blocks, heads;
+  int team;    // divides n_blocks
+  int blocks;  // a multiple of it
+  int groups;
+  bool heads_before_rows;  // the next group is of the same rows in the next head, else of the next rows
+
+  int teams() const { return blocks / team; }
+  // Those of the block that has most of them.
+  int most_tiles() const { return (groups + teams() - 1) / teams(); }
+};
+
+// False: there are more groups than blocks can count.
+inline bool deal_out(Deal& deal, int multiprocessors) {
+  deal.team = deal.n_blocks % 2 == 0 && multiprocessors > 1 ? 2 : 1;
+  const int64_t across = deal.n_blocks / deal.team, groups = deal.heads * across * deal.m_blocks;
+  const int teams = static_cast<int>(std::min<int64_t>(groups, multiprocessors / deal.team));
+  deal.groups = static_cast<int>(groups);
+  deal.blocks = teams * deal.team;
+  return groups <= INT32_MAX - teams;
+}
+
+// The tiles of one block, in order.
+class DealtWalk {
+ public:
+  MHMATMUL_HOST_DEVICE DealtWalk(const Deal& deal, int block)
+      : deal_(deal), member_(block % deal.team), group_(block / deal.team) {
+    locate();
+  }
+
+  MHMATMUL_HOST_DEVICE bool at_end() const { return group_ >= deal_.groups; }
+  MHMATMUL_HOST_DEVICE void next() {
+    group_ += deal_.blocks / deal_.team;
+    locate();
+  }
+
+ private:
+  MHMATMUL_HOST_DEVICE void locate() {
+    const int across = deal_.n_blocks / deal_.team, inner = deal_.heads_before_rows ? deal_.heads : deal_.m_blocks;
+    const int rest = group_ / across;
+    n_block = group_ % across * deal_.team + member_;
+    (deal_.heads_before_rows ? head : m_block) = rest % inner;
+    (deal_.heads_before_rows ? m_block : head) = rest / inner;
+  }
+
+  const Deal& deal_;
+  int member_, group_;
+
+ public:
+  int n_block = 0, head = 0, m_block = 0;
+};
+
 }  // namespace mhmatmul::cuda::sm90
