@@ -53,12 +53,14 @@ def is_of_others_alone(output: str) -> bool:
     """Whether no read reported is one of our kernels': the tool cannot see what the copy engine has written.
 
     What was never written is therefore for the tests to find, which compare every element. A kernel with more such
-    reads than the tool has room for is reported in part, which counts as two errors more.
+    reads than the tool has room for is reported in part, which counts as one or two errors more.
     """
     kernels = re.findall(r"Uninitialized __global__ memory read.*\n=+ +at (.*)", output)
     summary = re.search(r"ERROR SUMMARY: (\d+) errors?", output)
-    reported = len(kernels) + 2 * output.count("Error buffer overflow has been detected")
-    return summary is not None and reported == int(summary[1]) > 0 and not any("mhmatmul" in k for k in kernels)
+    in_part = output.count("Error buffer overflow has been detected")
+    if summary is None or not kernels or any("mhmatmul" in k for k in kernels):
+        return False
+    return in_part <= int(summary[1]) - len(kernels) <= 2 * in_part
 
 
 def all_passed(output: str) -> bool:
