@@ -5,7 +5,7 @@
 // of shared memory into registers; its columns are rows of A, as they lie.
 //
 // The copy engine rounds A and B to TF32, to nearest, as cuBLAS has it do. Every row is summed over k in steps of 8
-// from the lowest, into one float32 sum, whatever the tile and the kernel: the same bits.
+// from the lowest, into one float32 sum, whatever the tile: the same bits.
 #pragma once
 
 #include "sm90.cuh"
@@ -20,8 +20,8 @@ __device__ inline int place_of_float(int row, int column) {
   return row * kRowBytes + ((column / 4) ^ (row % 8)) * 16 + column % 4 * 4;
 }
 
-// Of 32 columns, a part of B that two warps share, the first of the two side by side that are a thread's. Which rows of
-// the transposed tile they are is free: so that a warp's come from and go to all banks alike, by rows of B or of C.
+// Of 32 columns, a part of B that two warps share, the first of the two side by side that are a thread's. Columns may
+// be dealt to threads in any way; in this one, reading rows of B and writing rows of C keeps all banks busy.
 __device__ inline int column_in_part(int thread) {
   const int warp = thread / kWarp, row = thread % kWarp / 4;
   return ((warp % 2 * 2 + row / 4) ^ (row / 2 % 2 * 5)) * 4 + row % 2 * 2;
