@@ -101,21 +101,6 @@ inline sm90::Cut cut_of(const Sizes& sizes, const Tf32Size& tile, int multiproce
   return cut;
 }
 
-// None: there are too many tiles to be counted.
-inline std::optional<sm90::Deal> deal_of(const Sizes& sizes, int multiprocessors) {
-  const sm90::Cut cut = not_shared_out(sizes, {kTf32Streamed.m, kTf32Streamed.n});
-  sm90::Deal deal{};
-  deal.m_blocks = cut.m_blocks;
-  deal.n_blocks = cut.n_blocks;
-  deal.heads = cut.heads;
-  if (!deal_out(deal, multiprocessors)) return std::nullopt;
-  // What is read and written at one time lies together in memory where all heads of the same rows are next to one
-  // another, but then B of all heads is read again and again.
-  constexpr int64_t kLittle = 8 << 20;  // bytes
-  deal.heads_before_rows = deal.n_blocks == deal.team && 4 * sizes.heads * sizes.k * sizes.n <= kLittle;
-  return deal;
-}
-
 // What one must move and multiply, in microseconds of an H200's memory and of its matrix units.
 struct Work {
   double moving, moving_b, multiplying;
@@ -130,7 +115,22 @@ struct Work {
   }
 };
 
-// What follows is in such microseconds.
+// None: there are too many tiles to be counted.
+inline std::optional<sm90::Deal> deal_of(const Sizes& sizes, int multiprocessors) {
+  const sm90::Cut cut = not_shared_out(sizes, {kTf32Streamed.m, kTf32Streamed.n});
+  sm90::Deal deal{};
+  deal.m_blocks = cut.m_blocks;
+  deal.n_blocks = cut.n_blocks;
+  deal.heads = cut.heads;
+  if (!deal_out(deal, multiprocessors)) return std::nullopt;
+  // What is read and written at one time lies together in memory where all heads of the same rows are next to one
+  // another, but then B of all heads is read again and again.
+  constexpr double kLittle = 2;  // microseconds: 8 MiB
+  deal.heads_before_rows = deal.n_blocks == deal.team && Work(sizes).moving_b <= kLittle;
+  return deal;
+}
+
+// Estimates are in such microseconds.
 inline double estimate_held(const Sizes& sizes, const Tf32Size& tile, int multiprocessors) {
   const sm90::Cut cut = cut_of(sizes, tile, multiprocessors);
   const auto useful = [](int64_t size, int64_t blocks, int block) {
