@@ -51,3 +51,14 @@ def test_time_is_measured_for_every_size(growth):
     assert {(t.operation, t.letter) for t in times} == {
         (name, letter) for name, operation in growth.OPERATIONS.items() for letter in operation.varied
     }
+
+
+def test_what_looks_too_steep_is_measured_again(growth, monkeypatch):
+    """Once disturbed is linear; quadratic remains quadratic."""
+    monkeypatch.setattr(growth, "OPERATIONS", {"combine": growth.OPERATIONS["combine"]._replace(varied="s")})
+    for later, expected, count in (([1.0, 2.0], 1, 2), ([1.0, 4.0], 2, 1 + growth.AGAIN)):
+        results = [[1.0, 4.0], *[later] * growth.AGAIN]
+        left = results.copy()
+        monkeypatch.setattr(growth, "seconds", lambda calls, rounds, left=left: left.pop(0))
+        assert [t.exponent for t in growth.time_growth((1, 2), 1)] == [pytest.approx(expected)]
+        assert len(results) - len(left) == count
