@@ -37,14 +37,16 @@ def tiles_of(library, cut, given, block):
     return [tuple(out[5 * i : 5 * i + 5]) for i in range(count)]
 
 
+TILES_TO_SHARE = {
+    "heads": st.integers(1, 40),
+    "m_blocks": st.integers(1, 20),
+    "n_blocks": st.integers(1, 9),
+    "multiprocessors": st.integers(1, 140),
+}
+
+
 @settings(max_examples=300, deadline=None)
-@given(
-    heads=st.integers(1, 40),
-    m_blocks=st.integers(1, 20),
-    n_blocks=st.integers(1, 9),
-    multiprocessors=st.integers(1, 140),
-    left_out=st.integers(0, 20),
-)
+@given(**TILES_TO_SHARE, left_out=st.integers(0, 20))
 @example(heads=128, m_blocks=16, n_blocks=2, multiprocessors=132, left_out=0)
 @example(heads=1, m_blocks=1, n_blocks=200, multiprocessors=132, left_out=0)
 @example(heads=133, m_blocks=1, n_blocks=1, multiprocessors=132, left_out=0)
@@ -87,13 +89,7 @@ def dealt_tiles(library, deal, heads_before_rows, block):
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    heads=st.integers(1, 40),
-    m_blocks=st.integers(1, 20),
-    n_blocks=st.integers(1, 9),
-    multiprocessors=st.integers(1, 140),
-    heads_before_rows=st.booleans(),
-)
+@given(**TILES_TO_SHARE, heads_before_rows=st.booleans())
 @example(heads=10, m_blocks=32, n_blocks=2, multiprocessors=132, heads_before_rows=True)
 @example(heads=3, m_blocks=1, n_blocks=8, multiprocessors=1, heads_before_rows=False)
 def test_dealt_walk(library, heads, m_blocks, n_blocks, multiprocessors, heads_before_rows):

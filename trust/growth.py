@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 NUM_HEADS = 4
 KEPT = 2  # every so many tokens, one
 MOST_TIME, MOST_MEMORY = 1.25, 1.02  # exponents; 2 is quadratic
-AGAIN = 3  # times at most
+AGAIN = 3  # times at most that a line of times is measured anew
 PER_THREAD = 4 << 20  # bytes that a thread keeps, at most
 PAGES = 1 << 18  # bytes: pages that are not full, small allocations
 

@@ -13,10 +13,10 @@
 //   16 heads 128 -> 128, 8192 rows   38 / 48 (32)     8 heads 1024 -> 1024, 4096 rows  211 / 246 (166)
 // Results are as far from exact as cuBLAS's, to three digits.
 //
-// What bounds them: power. In a kernel with the matrix units in TF32 at work the clock was read, 1000 calls on end: 1.1
-// to 1.65 GHz where 1.98 are allowed. So what is moved and what is multiplied add up rather than hide one another. At
-// 512 -> 512, 45 us are left of 60 without stores, at 256 -> 256, 31 of 52; dealing the stores out over time, or a
-// deeper pipeline for them, changes nothing.
+// What seems to bound them: power. In a kernel with the matrix units in TF32 at work the clock was read, after 3 to
+// 1000 calls on end: 1.1 to 1.66 GHz where 1.98 are allowed. So what is moved and what is multiplied add up rather than
+// hide one another. At 512 -> 512, 45 us are left of 60 without stores, at 256 -> 256, 31 of 52; dealing the stores out
+// over time, or through shared memory, gains nothing.
 //
 // The rules for held weights come from 507 products drawn by lot, each with all widths of tiles and by cuBLAS: heads of
 // 16 to 128, 8 to 4096 columns, 1 to 128 heads, 1 to 16384 rows, a third with B transposed; cuBLAS's time is 1
@@ -32,9 +32,11 @@
 //
 // Those for streamed weights come from 3870 products: heads of 132 to 2048, 16 to 4096 columns, 1 to 128 heads, 64 to
 // 16384 rows, a quarter with B transposed (benchmarks/results/2026-11-28-h200-tf32-streamed.csv, when columns or rows
-// that do not fill a tile were still written with a branch around each). The estimates are least squares fits to those
-// with whole tiles of columns, ours 9 % off, cuBLAS's 14. 1530 others, drawn afterwards, B not transposed
-// (2026-11-28-h200-tf32-streamed-again.csv):
+// that do not fill a tile were still written with a branch around each, and all heads of the same rows were together
+// for up to 256 columns, whatever B takes). The estimates are least squares fits to those with whole tiles of columns,
+// ours 9 % off, cuBLAS's 14. 1530 others, drawn afterwards, B not transposed
+// (2026-11-28-h200-tf32-streamed-again.csv). In both lists, and in the table above, A was first to be evicted from L2
+// where nobody would read it again, which gains nothing (see below) and is gone:
 //   always                                                1.10
 //   where it is faster                                    0.948
 //   the rules below                                       0.968
