@@ -147,6 +147,7 @@ __device__ __forceinline__ void multiply_all(const Tf32HeldParams& params, typen
         if (part / Tile::kPartsOfStage == stage)
           held.read(stages + at.slot * Tile::kABytes + part % Tile::kPartsOfStage * Tile::kPartBytes,
                     params.is_b_transposed, thread_anew());
+        cutlass::arch::fence_view_async_shared();  // the copy engine will write where threads read
         free_stage();
       }
       if (params.bias) {
