@@ -432,9 +432,7 @@ __device__ void sum_grad_weight(const BackwardParams& params, BackwardBarriers& 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ unsigned char raw[];
-  unsigned char* const shared =
-      raw + (kSharedAlignment - cute::cast_smem_ptr_to_uint(raw) % kSharedAlignment) % kSharedAlignment;
+  unsigned char* const shared = aligned_shared_memory();
   unsigned char* const input_stages = shared;
   unsigned char* const grad_stages = input_stages + kBackwardStages<Tile> * Tile::kInputBytes;
   unsigned char* const weight = grad_stages + kBackwardStages<Tile> * Tile::kGradBytes;
@@ -462,8 +460,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) backward_kernel(const __gri
   } else {
     cute::cluster_sync();
   }
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
+  follow_kernel_before();
 
   constexpr bool kIsFull = Tile::kThreads == 4 * kGroup;  // 128 registers a thread at launch, else 168
   // Nobody leaves while another may still signal to it. Said three times: registers are dealt out only where the

@@ -441,10 +441,8 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
 template <class Tile>
 __global__ void __launch_bounds__(kThreads, 1) head_gemm_kernel(const __grid_constant__ Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ unsigned char raw[];
   const Cut& cut = params.cut;
-  unsigned char* const shared =
-      raw + (kSharedAlignment - cute::cast_smem_ptr_to_uint(raw) % kSharedAlignment) % kSharedAlignment;
+  unsigned char* const shared = aligned_shared_memory();
   unsigned char* const a_stages = shared;
   unsigned char* const b_stages = a_stages + cut.a_stages * Tile::kABytes;
   unsigned char* const c_tiles = b_stages + cut.b_stages * Tile::kBBytes;
@@ -470,9 +468,7 @@ __global__ void __launch_bounds__(kThreads, 1) head_gemm_kernel(const __grid_con
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-  // The next kernel of the stream may come up while this one works; this one waits here for the one before.
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
+  follow_kernel_before();
   int m = params.m;
   if (Tile::kGathers && params.rows_given) m = min(m, *params.rows_given);
 

@@ -104,8 +104,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) held_kernel(const __grid_co
                                                    GMMA::Major::K, GMMA::Major::K>()));
   using LayoutA = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
                                          Shape<Int<Tile::kM>, Int<Tile::kK>, Int<Tile::kStages>>{}));
-  extern __shared__ unsigned char raw[];
-  unsigned char* const b = raw + (kSharedAlignment - cast_smem_ptr_to_uint(raw) % kSharedAlignment) % kSharedAlignment;
+  unsigned char* const b = aligned_shared_memory();
   unsigned char* const a_stages = b + Tile::kBBytes;
   auto& barriers = *reinterpret_cast<Barriers*>(a_stages + Tile::kStages * Tile::kABytes);
   const int group = static_cast<int>(threadIdx.x) / kGroup, thread = static_cast<int>(threadIdx.x) % kGroup;
@@ -123,8 +122,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) held_kernel(const __grid_co
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
+  follow_kernel_before();
 
   const Walk walk(params.cut, params.cut.m_blocks, static_cast<int>(blockIdx.x));
   const int head = walk.head, tiles = walk.left_in_group() + 1;

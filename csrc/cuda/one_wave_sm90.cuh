@@ -35,11 +35,9 @@ __global__ void __launch_bounds__(kGroup, kMostBlocks<Tile>)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace cute;
   using Element = typename Tile::Element;
-  extern __shared__ unsigned char raw[];
   const Cut& cut = params.cut;
   const int a_bytes = rows * kRowBytes;
-  unsigned char* const a_stages =
-      raw + (kSharedAlignment - cast_smem_ptr_to_uint(raw) % kSharedAlignment) % kSharedAlignment;
+  unsigned char* const a_stages = aligned_shared_memory();
   unsigned char* const b_stages = a_stages + cut.k_blocks * a_bytes;
   auto* const full = reinterpret_cast<uint64_t*>(b_stages + cut.k_blocks * Tile::kBBytes);
   const int tile = static_cast<int>(blockIdx.x), n_block = tile % cut.n_blocks, head = tile / cut.n_blocks % cut.heads;
@@ -52,8 +50,7 @@ __global__ void __launch_bounds__(kGroup, kMostBlocks<Tile>)
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
+  follow_kernel_before();
   if (threadIdx.x == 0) {
     for (int i = 0; i < cut.k_blocks; ++i) {
       ClusterTransactionBarrier::arrive_and_expect_tx(&full[i], Tile::kBBytes + a_bytes);

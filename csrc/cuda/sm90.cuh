@@ -20,6 +20,18 @@ constexpr int kRowBytes = kDepth * 2;     // of a row in shared memory: the wide
 constexpr int kSharedBytes = 227 * 1024;  // what a block may have
 constexpr int kSharedAlignment = 1024;    // of the swizzle
 
+// The block's shared memory, aligned for the swizzle.
+__device__ inline unsigned char* aligned_shared_memory() {
+  extern __shared__ unsigned char raw[];
+  return raw + (kSharedAlignment - cute::cast_smem_ptr_to_uint(raw) % kSharedAlignment) % kSharedAlignment;
+}
+
+// The next kernel of the stream may come up while this one works; this one waits here for the one before.
+__device__ inline void follow_kernel_before() {
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+}
+
 // The thread's number in its warpgroup, read anew: what is made of it does not stay in registers while the thread does
 // something else.
 __device__ inline int thread_anew() {

@@ -189,9 +189,7 @@ __device__ __forceinline__ void multiply_all(const Tf32HeldParams& params, typen
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) tf32_held_kernel(const __grid_constant__ Tf32HeldParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ unsigned char raw[];
-  unsigned char* const stages =
-      raw + (kSharedAlignment - cute::cast_smem_ptr_to_uint(raw) % kSharedAlignment) % kSharedAlignment;
+  unsigned char* const stages = aligned_shared_memory();
   unsigned char* const tiles = stages + Tile::kStages * Tile::kABytes;
   auto& barriers = *reinterpret_cast<typename Tile::Barriers*>(tiles + Tile::kRing * Tile::kCBytes);
   if (threadIdx.x == 0) {
@@ -210,8 +208,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) tf32_held_kernel(const __gr
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
+  follow_kernel_before();
   if (threadIdx.x >= kGroup) {
     cutlass::arch::warpgroup_reg_alloc<Tile::kMultiplying>();
     multiply_all<Tile>(params, barriers, stages, tiles);

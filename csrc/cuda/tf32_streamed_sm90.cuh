@@ -176,9 +176,7 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     tf32_streamed_kernel(const __grid_constant__ Tf32StreamedParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ unsigned char raw[];
-  unsigned char* const a_stages =
-      raw + (kSharedAlignment - cute::cast_smem_ptr_to_uint(raw) % kSharedAlignment) % kSharedAlignment;
+  unsigned char* const a_stages = aligned_shared_memory();
   unsigned char* const b_stages = a_stages + Tile::kStages * Tile::kABytes;
   auto& barriers = *reinterpret_cast<typename Tile::Barriers*>(b_stages + Tile::kStages * Tile::kBBytes);
   if (threadIdx.x == 0) {
@@ -192,8 +190,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     cutlass::arch::fence_barrier_init();
   }
   cute::cluster_sync();
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
+  follow_kernel_before();
   if (threadIdx.x >= kGroup) {
     cutlass::arch::warpgroup_reg_alloc<Tile::kMultiplying>();
     multiply_streams<Tile>(params, barriers, a_stages, b_stages);
