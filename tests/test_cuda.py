@@ -91,35 +91,45 @@ SMALL = [
 # float32 that may be rounded to TF32, weights held and, for heads over 128, streamed: each tile, what does not divide,
 # one group of tiles for each block and several; columns of a tile that are not there, and inputs; blocks in pairs and,
 # where there are three or five tiles side by side, without. Few rows, few columns for long heads and rows at no
-# multiples of 16 bytes are cuBLAS's.
+# multiples of 16 bytes, or 32 in the output, are cuBLAS's.
 TF32_HELD = [
     (16384, 32, 32, 32),
     (700, 264, 32, 32),
-    (16001, 16, 32, 12),
-    (6001, 96, 20, 36),
+    (16001, 16, 32, 8),
+    (6001, 96, 20, 40),
     (12001, 12, 64, 64),
-    (3001, 33, 64, 100),
+    (3001, 33, 64, 104),
     (6000, 40, 64, 96),
     (8192, 16, 64, 256),
-    (1500, 64, 4, 1000),
+    (1500, 16, 4, 1024),
+    (1001, 8, 64, 488),
     (3000, 50, 96, 40),
     (8192, 16, 128, 128),
-    (4001, 40, 100, 300),
-    (4001, 16, 72, 200),
+    (4001, 24, 100, 192),
+    (4001, 16, 72, 224),
     (1024, 128, 128, 512),
     (1000, 66, 128, 1024),
 ]
 TF32_STREAMED = [
     (3000, 66, 256, 256),
     (4000, 44, 256, 384),
-    (4001, 34, 252, 252),
-    (2001, 3, 140, 636),
+    (4001, 34, 252, 248),
+    (2001, 3, 140, 640),
     (2000, 8, 512, 512),
-    (1001, 6, 640, 636),
+    (1001, 6, 640, 632),
     (8192, 1, 1000, 1000),
 ]
 TF32 = TF32_HELD + TF32_STREAMED
-CUBLAS_TF32 = [(64, 16, 128, 128), (4096, 32, 33, 64), (4096, 32, 64, 33), (256, 4, 512, 512), (4096, 32, 512, 128)]
+CUBLAS_TF32 = [
+    (64, 16, 128, 128),
+    (4096, 32, 33, 64),
+    (4096, 32, 64, 33),
+    (3001, 33, 64, 100),
+    (256, 4, 512, 512),
+    (4096, 32, 512, 128),
+]
+# of rows that are wider
+ODD_TF32 = [(3000, 64, 32, 29), (2001, 16, 64, 61), (3000, 16, 128, 127), (3000, 16, 256, 253)]
 # as SMALL
 SMALL_TF32 = [
     (1000, 64, 32, 32),
@@ -130,7 +140,7 @@ SMALL_TF32 = [
     (800, 40, 128, 128),
     (128, 64, 128, 512),
     (3000, 16, 256, 256),
-    (501, 22, 260, 252),
+    (501, 22, 260, 248),
     (501, 16, 140, 384),
 ]
 # rows to gather from, rows gathered, nh, hd, e: every number of blocks of k, tiles in part, one row, one head; a little
@@ -264,16 +274,17 @@ def test_tf32_is_to_nearest(size, tf32):
     assert error.max() <= 1.1 * (rounded - exact).abs().max()
 
 
-@pytest.mark.parametrize("size", TF32, ids=str)
+@pytest.mark.parametrize("size", TF32 + ODD_TF32, ids=str)
 def test_nothing_beside_the_result_is_written_in_tf32(size, tf32):
     m, nh, hd, e = size
-    input, weight = tf32_numbers(m, nh, hd), tf32_numbers(nh, hd, e)
+    width = (e + 7) // 8 * 8
+    input, weight = tf32_numbers(m, nh, hd), tf32_numbers(nh, hd, width)[..., :e]
     expected = ops.head_matmul(input, weight)
-    for before, behind in ((4, 0), (0, 4), (8, 4)):
-        whole = torch.full((m + 2, nh, before + e + behind), 7.0, device="cuda")
+    for before, behind in ((8, 0), (0, 8), (8, 16), (4, 4)):
+        whole = torch.full((m + 2, nh, before + width + behind), 7.0, device="cuda")
         out = whole[1:-1, :, before : before + e]
         ops._head_matmul_out(input, weight, None, out)
-        assert torch.equal(out, expected)
+        assert_as_exact(out, expected, expected.double(), ulps=16)
         out.fill_(7)
         assert (whole == 7).all(), f"{before} before, {behind} behind"
 
@@ -310,9 +321,11 @@ def test_when_tf32_is_taken(tf32):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is for Hopper")
 
-    def kernel(m, nh, hd, e):
-        operands = torch.randn(m, nh, hd, device="cuda"), torch.randn(nh, hd, e, device="cuda")
-        names = kernels_of(lambda: ops.head_matmul(*operands))
+    def kernel(m, nh, hd, e, width=None):
+        width = width or e
+        input, weight = torch.randn(m, nh, hd, device="cuda"), torch.randn(nh, hd, width, device="cuda")[..., :e]
+        out = torch.empty(m, nh, width, device="cuda")[..., :e]
+        names = kernels_of(lambda: ops._head_matmul_out(input, weight, None, out))
         return next((own for own in ("held", "streamed") if any(f"tf32_{own}" in name for name in names)), None)
 
     for size in TF32_HELD:
@@ -321,6 +334,8 @@ def test_when_tf32_is_taken(tf32):
         assert kernel(*size) == "streamed", size
     for size in SMALL_TF32:
         assert kernel(*size) is not None, size
+    for size in ODD_TF32:
+        assert kernel(*size, width=(size[3] + 7) // 8 * 8) is not None, size
     for size in CUBLAS_TF32:
         assert kernel(*size) is None, size
     torch.set_float32_matmul_precision("highest")

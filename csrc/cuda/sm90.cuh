@@ -82,6 +82,16 @@ __device__ inline void store(const CUtensorMap& map, bool leaves_cache, const vo
       : "memory");
 }
 
+// Past L1, which need not keep what is only written.
+__device__ inline void write_past_l1(void* to, uint4 words) {
+  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+}
+__device__ inline void write_past_l1(void* to, float2 two) {
+  asm volatile("st.global.L1::no_allocate.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(two.x), "f"(two.y) : "memory");
+}
+
 __device__ inline void copy_16_bytes(uint32_t to, const void* from, bool zeros) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16)
                : "memory");

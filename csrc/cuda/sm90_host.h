@@ -103,15 +103,16 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, 
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "cudaLaunchKernelEx");
 }
 
-// Whether the copy engine can walk a tensor with these strides, in elements.
+// Whether the copy engine can walk a tensor with these strides, in elements; an `alignment` wider than its own: whether
+// all rows begin at multiples of that, too.
 inline bool is_walkable(const void* data, int64_t outer, int64_t outer_stride, int64_t batch, int64_t batch_stride,
-                        int64_t element_size = kElementSize) {
+                        int64_t element_size = kElementSize, int64_t alignment = kAlignment) {
   constexpr int64_t kFarthest = int64_t{1} << 40;  // bytes of a stride
   const auto fits = [&](int64_t size, int64_t stride) {
     const int64_t bytes = stride * element_size;
-    return size == 1 || (bytes > 0 && bytes < kFarthest && bytes % kAlignment == 0);
+    return size == 1 || (bytes > 0 && bytes < kFarthest && bytes % alignment == 0);
   };
-  return reinterpret_cast<uintptr_t>(data) % kAlignment == 0 && fits(outer, outer_stride) && fits(batch, batch_stride);
+  return reinterpret_cast<uintptr_t>(data) % alignment == 0 && fits(outer, outer_stride) && fits(batch, batch_stride);
 }
 
 // Whether kernels can count to each of these: a tile's end is an int, too.

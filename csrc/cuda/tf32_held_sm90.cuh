@@ -4,9 +4,8 @@
 // Warpgroups share a tile, side by side, as far as a piece of B goes, then one below the other.
 //
 // A block works through groups of tiles, one piece of B each (tile_walk.h). One thread brings, through one ring of
-// stages, B of a group and then A of its tiles; so the next B comes while this one is used. One thread hands tiles of
-// C, when the warpgroups have turned theirs, to the copy engine: what each would hand over for itself is written
-// slower. Nobody waits for anybody but through the two rings: while one warpgroup turns, others multiply.
+// stages, B of a group and then A of its tiles; so the next B comes while this one is used. Nobody waits for anybody
+// but through the ring: while one warpgroup writes its sums, others multiply.
 #pragma once
 
 #include "tf32_sm90.cuh"
@@ -19,32 +18,27 @@ struct Tf32HeldTile {
   static constexpr tuning::Tf32Size kSize{m, n, k};
   static constexpr int kM = m, kN = n, kK = k, kGroups = 4, kUnits = n / 64;  // units: warpgroups side by side
   static constexpr int kRows = m * kUnits / kGroups;                          // of a warpgroup
-  static constexpr int kMultipliers = kGroups * kGroup, kThreads = kGroup + kMultipliers;  // the first bring and store
+  static constexpr int kMultipliers = kGroups * kGroup, kThreads = kGroup + kMultipliers;  // the first bring
   static constexpr int kMoving = 32, kMultiplying = 112;  // registers of a thread of either kind: what kThreads leave
-  static constexpr int kAPanels = k / kFloats, kCPanels = kN / kFloats, kPanelBytes = kM * kRowBytes;
-  static constexpr int kABytes = kAPanels * kPanelBytes, kCBytes = kCPanels * kPanelBytes;
+  static constexpr int kAPanels = k / kFloats, kPanelBytes = kM * kRowBytes;
+  static constexpr int kABytes = kAPanels * kPanelBytes;
   // Of B, 32 columns by all of k; as many to a stage as it has room for.
   static constexpr int kParts = kN / kFloats, kPartBytes = k * kRowBytes, kPartsOfStage = kABytes / kPartBytes;
   static constexpr int kStagesOfB = (kParts + kPartsOfStage - 1) / kPartsOfStage;
-  static constexpr int kMostStages = 16, kRing = kCBytes > (16 << 10) ? 3 : 4;  // of A and B, of C
+  static constexpr int kMostStages = 16;
 
   struct Barriers {
-    uint64_t full[kMostStages], empty[kMostStages], c_full[kRing], c_empty[kRing];
+    uint64_t full[kMostStages], empty[kMostStages];
   };
   static constexpr int kFixed = static_cast<int>(sizeof(Barriers)) + kSharedAlignment;
-  static constexpr int kRoom = (kSharedBytes - kFixed - kRing * kCBytes) / kABytes;
+  static constexpr int kRoom = (kSharedBytes - kFixed) / kABytes;
   static constexpr int kStages = kRoom < kMostStages ? kRoom : kMostStages;
-  static constexpr int kBytes = kFixed + kStages * kABytes + kRing * kCBytes;
+  static constexpr int kBytes = kFixed + kStages * kABytes;
   static_assert(kGroups % kUnits == 0 && kStages >= 2);
 };
 
-struct Tf32HeldParams {
-  CUtensorMap a, b, c;
-  const float* bias;
-  int64_t bias_batch_stride;
-  int n;
+struct Tf32HeldParams : Tf32Params {
   bool is_b_transposed;
-  bool c_leaves_cache;  // C is first to be evicted from L2
   Cut cut;
 };
 
@@ -84,36 +78,11 @@ __device__ void bring_all(const Tf32HeldParams& params, typename Tile::Barriers&
   }
 }
 
-// Called by one thread.
-template <class Tile>
-__device__ void store_all(const Tf32HeldParams& params, typename Tile::Barriers& barriers, const unsigned char* tiles) {
-  Place at, before;
-  bool has_before = false;
-  for (Walk walk(params.cut, params.cut.m_blocks, static_cast<int>(blockIdx.x)); !walk.at_end(); walk.next()) {
-    ClusterBarrier::wait(&barriers.c_full[at.slot], at.parity);
-    for (int panel = 0; panel < Tile::kCPanels; ++panel) {
-      const int column = walk.n_block * Tile::kN + panel * kFloats;
-      if (column < params.n)
-        store(params.c, params.c_leaves_cache, tiles + at.slot * Tile::kCBytes + panel * Tile::kPanelBytes, column,
-              walk.head, walk.m_block * Tile::kM);
-    }
-    cute::tma_store_arrive();
-    if (has_before) {
-      cute::tma_store_wait<1>();  // the tile before has been read out
-      ClusterBarrier::arrive(&barriers.c_empty[before.slot]);
-    }
-    has_before = true;
-    before = at;
-    at.advance(1, Tile::kRing);
-  }
-  cute::tma_store_wait<0>();
-}
-
 // Called by the warpgroups that multiply. Inlined, since a call between its instructions would keep the matrix unit
 // waiting.
 template <class Tile>
 __device__ __forceinline__ void multiply_all(const Tf32HeldParams& params, typename Tile::Barriers& barriers,
-                                             unsigned char* stages, unsigned char* tiles) {
+                                             unsigned char* stages) {
   using namespace cute;
   using Element = tfloat32_t;
   constexpr int kRows = Tile::kRows;
@@ -125,7 +94,7 @@ __device__ __forceinline__ void multiply_all(const Tf32HeldParams& params, typen
   const int group = static_cast<int>(threadIdx.x) / kGroup - 1, thread = static_cast<int>(threadIdx.x) % kGroup;
   const int lane = thread % kWarp, rows_below = group / Tile::kUnits;
   const int part = group % Tile::kUnits * 2 + thread / (2 * kWarp);
-  const int column = column_in_part(thread);
+  const int column = part * kFloats + column_in_part(thread);  // of the tile's
 
   Multiply multiply;
   const auto slice = multiply.get_slice(thread);
@@ -133,8 +102,8 @@ __device__ __forceinline__ void multiply_all(const Tf32HeldParams& params, typen
       slice.partition_B(make_tensor(make_smem_ptr(reinterpret_cast<Element*>(stages)), LayoutA{})));
   Tensor sums = partition_fragment_C(multiply, Shape<_64, Int<kRows>>{});
   TurnedColumns<Tile::kK> held;
-  float bias[2] = {0, 0};
-  Place at, c;
+  float2 bias = make_float2(0, 0);
+  Place at;
   const auto free_stage = [&] {
     __syncwarp();
     if (lane == 0) ClusterBarrier::arrive(&barriers.empty[at.slot]);
@@ -150,13 +119,7 @@ __device__ __forceinline__ void multiply_all(const Tf32HeldParams& params, typen
         cutlass::arch::fence_view_async_shared();  // the copy engine will write where threads read
         free_stage();
       }
-      if (params.bias) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int of_c = walk.n_block * Tile::kN + part * kFloats + column + i;
-          bias[i] = of_c < params.n ? params.bias[walk.head * params.bias_batch_stride + of_c] : 0;
-        }
-      }
+      bias = bias_of(params, walk.head, walk.n_block * Tile::kN + column);
     }
     ClusterBarrier::wait(&barriers.full[at.slot], at.parity);
     warpgroup_fence_operand(sums);
@@ -167,22 +130,12 @@ __device__ __forceinline__ void multiply_all(const Tf32HeldParams& params, typen
       gemm(multiply, held.fragment(_, step), a_pieces(_, rows_below, step, at.slot), sums(_, 0, 0));
     }
     warpgroup_commit_batch();
-    ClusterBarrier::wait(&barriers.c_empty[c.slot], c.parity ^ 1);
     warpgroup_wait<0>();
     warpgroup_fence_operand(sums);
     free_stage();
-    unsigned char* const panel = tiles + c.slot * Tile::kCBytes + part * Tile::kPanelBytes;
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      unsigned char* const to = panel + place_of_float(rows_below * kRows + lane % 4 * 2 + side, column);
-#pragma unroll
-      for (int j = 0; j < kRows / 8; ++j)
-        *reinterpret_cast<float2*>(to + j * 8 * kRowBytes) = two_of(sums, j, side, bias);
-    }
-    cutlass::arch::fence_view_async_shared();
+    write_columns<kRows>(params, sums, bias, walk.head, walk.m_block * Tile::kM + rows_below * kRows,
+                         walk.n_block * Tile::kN + column);
     __syncwarp();
-    if (lane == 0) ClusterBarrier::arrive(&barriers.c_full[c.slot]);
-    c.advance(1, Tile::kRing);
   }
 }
 
@@ -190,20 +143,14 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) tf32_held_kernel(const __grid_constant__ Tf32HeldParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   unsigned char* const stages = aligned_shared_memory();
-  unsigned char* const tiles = stages + Tile::kStages * Tile::kABytes;
-  auto& barriers = *reinterpret_cast<typename Tile::Barriers*>(tiles + Tile::kRing * Tile::kCBytes);
+  auto& barriers = *reinterpret_cast<typename Tile::Barriers*>(stages + Tile::kStages * Tile::kABytes);
   if (threadIdx.x == 0) {
     constexpr int kWarps = Tile::kMultipliers / kWarp;
     cute::prefetch_tma_descriptor(&params.a);
     cute::prefetch_tma_descriptor(&params.b);
-    cute::prefetch_tma_descriptor(&params.c);
     for (int i = 0; i < Tile::kStages; ++i) {
       ClusterBarrier::init(&barriers.full[i], 1);
       ClusterBarrier::init(&barriers.empty[i], kWarps);
-    }
-    for (int i = 0; i < Tile::kRing; ++i) {
-      ClusterBarrier::init(&barriers.c_full[i], kWarps);
-      ClusterBarrier::init(&barriers.c_empty[i], 1);
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -211,11 +158,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) tf32_held_kernel(const __gr
   follow_kernel_before();
   if (threadIdx.x >= kGroup) {
     cutlass::arch::warpgroup_reg_alloc<Tile::kMultiplying>();
-    multiply_all<Tile>(params, barriers, stages, tiles);
+    multiply_all<Tile>(params, barriers, stages);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<Tile::kMoving>();
     if (threadIdx.x == 0) bring_all<Tile>(params, barriers, stages);
-    if (threadIdx.x == kWarp) store_all<Tile>(params, barriers, tiles);
   }
 #else
   __trap();  // machine code for another architecture: takes_tf32_sm90 keeps the host from launching it

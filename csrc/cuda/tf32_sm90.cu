@@ -30,14 +30,19 @@ CUtensorMap map_of_b(const HeadGemm& gemm, int k) {
                     CU_TENSOR_MAP_DATA_TYPE_TFLOAT32);
 }
 
-// What both kernels are told alike.
+// `rows`: of A, that come together; `k`: of B's elements along k.
 template <class Params>
-Params params_of(const HeadGemm& gemm) {
+Params params_of(const HeadGemm& gemm, int rows, int k) {
   Params params{};
+  params.a = map_of_a(gemm, rows);
+  params.b = map_of_b(gemm, k);
   params.bias = static_cast<const float*>(gemm.bias);
   params.bias_batch_stride = gemm.bias_batch_stride;
+  params.c = static_cast<float*>(gemm.c);
+  params.c_stride = gemm.c_stride;
+  params.c_batch_stride = gemm.c_batch_stride;
+  params.m = static_cast<int>(gemm.m);
   params.n = static_cast<int>(gemm.n);
-  params.c_leaves_cache = gemm.m * gemm.n * gemm.batch * kFloatSize > tuning::kBytesCacheKeeps;
   return params;
 }
 
@@ -50,27 +55,17 @@ void launch(void (*kernel)(Params), int blocks, int threads, int bytes, int clus
 
 template <class Tile>
 void launch_held(const HeadGemm& gemm, cudaStream_t stream) {
-  auto params = params_of<Tf32HeldParams>(gemm);
+  auto params = params_of<Tf32HeldParams>(gemm, Tile::kM, Tile::kK);
   params.is_b_transposed = gemm.b.transposed;
   params.cut = tuning::cut_of(sizes_of(gemm), Tile::kSize, attribute_of_device(cudaDevAttrMultiProcessorCount));
-  params.a = map_of_a(gemm, Tile::kM);
-  params.b = map_of_b(gemm, Tile::kK);
-  params.c = tensor_map(gemm.c, {gemm.n, gemm.batch, gemm.m, gemm.c_batch_stride, gemm.c_stride, kFloats, 1, Tile::kM},
-                        CU_TENSOR_MAP_DATA_TYPE_FLOAT32);
   launch(tf32_held_kernel<Tile>, params.cut.blocks, Tile::kThreads, Tile::kBytes, /*cluster=*/1, stream, params);
 }
 
 void launch_streamed(const HeadGemm& gemm, cudaStream_t stream) {
   using Tile = Tf32StreamedTile;
-  auto params = params_of<Tf32StreamedParams>(gemm);
-  params.deal = tuning::deal_of(sizes_of(gemm), attribute_of_device(cudaDevAttrMultiProcessorCount)).value();
-  params.a = map_of_a(gemm, Tile::kBox);
-  params.b = map_of_b(gemm, kFloats);
-  params.c = static_cast<float*>(gemm.c);
-  params.c_stride = gemm.c_stride;
-  params.c_batch_stride = gemm.c_batch_stride;
-  params.m = static_cast<int>(gemm.m);
+  auto params = params_of<Tf32StreamedParams>(gemm, Tile::kBox, kFloats);
   params.k_blocks = static_cast<int>((gemm.k + 2 * kFloats - 1) / (2 * kFloats) * 2);
+  params.deal = tuning::deal_of(sizes_of(gemm), attribute_of_device(cudaDevAttrMultiProcessorCount)).value();
   launch(tf32_streamed_kernel<Tile>, params.deal.blocks, Tile::kThreads, Tile::kBytes, params.deal.team, stream,
          params);
 }
@@ -91,12 +86,12 @@ bool launch_held_chosen(const HeadGemm& gemm, cudaStream_t stream, std::index_se
 bool takes_tf32_sm90(HeadGemm& gemm) {
   if (!runs_here()) return false;
   if (!are_countable({gemm.m, gemm.n, gemm.k, gemm.batch})) return false;
-  const auto fits = [&](const void* data, int64_t rows, int64_t stride, int64_t batch_stride) {
-    return is_walkable(data, rows, stride, gemm.batch, batch_stride, kFloatSize);
+  const auto fits = [&](const void* data, int64_t rows, int64_t stride, int64_t batch_stride, int64_t alignment) {
+    return is_walkable(data, rows, stride, gemm.batch, batch_stride, kFloatSize, alignment);
   };
-  if (!fits(gemm.a, gemm.m, gemm.a_stride, gemm.a_batch_stride) ||
-      !fits(gemm.b.data, gemm.b.transposed ? gemm.n : gemm.k, gemm.b.ld, gemm.b.batch_stride) ||
-      !fits(gemm.c, gemm.m, gemm.c_stride, gemm.c_batch_stride))
+  if (!fits(gemm.a, gemm.m, gemm.a_stride, gemm.a_batch_stride, kAlignment) ||
+      !fits(gemm.b.data, gemm.b.transposed ? gemm.n : gemm.k, gemm.b.ld, gemm.b.batch_stride, kAlignment) ||
+      !fits(gemm.c, gemm.m, gemm.c_stride, gemm.c_batch_stride, tuning::kSectorBytes))
     return false;
   const auto tile =
       tuning::preferred_tf32(sizes_of(gemm), gemm.b.transposed, attribute_of_device(cudaDevAttrMultiProcessorCount));

@@ -58,10 +58,52 @@ struct TurnedColumns {
   }
 };
 
-// What a thread has summed of its two columns in row 8 * j + lane % 4 * 2 + side.
-template <class Sums>
-__device__ float2 two_of(const Sums& sums, int j, int side, const float (&bias)[2]) {
-  return make_float2(sums(j * 4 + side) + bias[0], sums(j * 4 + 2 + side) + bias[1]);
+// What both are told alike.
+struct Tf32Params {
+  CUtensorMap a, b;
+  const float* bias;
+  float* c;
+  int64_t bias_batch_stride, c_stride, c_batch_stride;
+  int m, n;
+};
+
+// That of two columns from `column` on.
+__device__ inline float2 bias_of(const Tf32Params& params, int head, int column) {
+  float2 bias = make_float2(0, 0);
+  if (!params.bias) return bias;
+  const float* const from = params.bias + head * params.bias_batch_stride + column;
+  if (column < params.n) bias.x = from[0];
+  if (column + 1 < params.n) bias.y = from[1];
+  return bias;
+}
+
+// Writes a thread's sums: two columns from `column` on, its two of every 8 of `rows` rows from `first_row` on. Eight
+// threads fill sectors. Nothing goes by way of shared memory.
+template <int rows, class Sums>
+__device__ __forceinline__ void write_columns(const Tf32Params& params, const Sums& sums, float2 bias, int head,
+                                              int first_row, int column) {
+  if (column >= params.n) return;
+  const int row = first_row + static_cast<int>(threadIdx.x) % 4 * 2;
+  const auto write_rows = [&](auto write) {
+    float* to = params.c + head * params.c_batch_stride + row * params.c_stride + column;
+#pragma unroll
+    for (int j = 0; j < rows / 8; ++j) {
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        write(to, make_float2(sums(j * 4 + side) + bias.x, sums(j * 4 + 2 + side) + bias.y), row + j * 8 + side);
+        to += side ? 7 * params.c_stride : params.c_stride;
+      }
+    }
+  };
+  if (first_row + rows <= params.m && column + 1 < params.n) {  // no branch at each row, which would have each wait
+    write_rows([](float* to, float2 two, int) { write_past_l1(to, two); });
+  } else {
+    write_rows([&](float* to, float2 two, int of_row) {
+      if (of_row >= params.m) return;
+      to[0] = two.x;
+      if (column + 1 < params.n) to[1] = two.y;
+    });
+  }
 }
 
 }  // namespace mhmatmul::cuda::sm90

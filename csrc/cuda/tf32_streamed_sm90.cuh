@@ -27,14 +27,8 @@ struct Tf32StreamedTile {
   static_assert(kBytes <= kSharedBytes);
 };
 
-struct Tf32StreamedParams {
-  CUtensorMap a, b;
-  const float* bias;
-  float* c;
-  int64_t bias_batch_stride, c_stride, c_batch_stride;
-  int m, n;
-  int k_blocks;         // even
-  bool c_leaves_cache;  // C is first to be evicted from L2
+struct Tf32StreamedParams : Tf32Params {
+  int k_blocks;  // even
   Deal deal;
 };
 
@@ -66,44 +60,6 @@ __device__ void bring_streams(const Tf32StreamedParams& params, typename Tile::B
       }
       at.advance(1, Tile::kStages);
     }
-  }
-}
-
-// Writes a thread's sums: two columns from `column` on, two of every 8 rows from `row` on.
-template <class Tile, class Sums>
-__device__ __forceinline__ void write_columns(const Tf32StreamedParams& params, const Sums& sums, int head, int row,
-                                              int column, bool has_all_rows) {
-  float bias[2] = {0, 0};
-  if (params.bias) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (column + i < params.n) bias[i] = params.bias[head * params.bias_batch_stride + column + i];
-  }
-  const auto write_rows = [&](auto write) {
-    float* to = params.c + head * params.c_batch_stride + row * params.c_stride + column;
-#pragma unroll
-    for (int j = 0; j < Tile::kM / 8; ++j) {
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        write(to, two_of(sums, j, side, bias), row + j * 8 + side);
-        to += side ? 7 * params.c_stride : params.c_stride;
-      }
-    }
-  };
-  if (column >= params.n) return;
-  if (has_all_rows && column + 1 < params.n) {  // not asked for each row: a branch would have each of them wait
-    const auto hint = static_cast<uint64_t>(params.c_leaves_cache ? CacheHint::EVICT_FIRST : CacheHint::EVICT_NORMAL);
-    write_rows([&](float* to, float2 two, int) {
-      asm volatile("st.global.L1::no_allocate.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(two.x),
-                   "f"(two.y), "l"(hint)
-                   : "memory");
-    });
-  } else {
-    write_rows([&](float* to, float2 two, int of_row) {
-      if (of_row >= params.m) return;
-      to[0] = two.x;
-      if (column + 1 < params.n) to[1] = two.y;
-    });
   }
 }
 
@@ -165,9 +121,8 @@ __device__ __forceinline__ void multiply_streams(const Tf32StreamedParams& param
       multiply_stage(even, odd, /*is_first=*/k_block == 0, /*has_later=*/true);
       multiply_stage(odd, even, /*is_first=*/false, /*has_later=*/k_block + 2 < params.k_blocks || !walk.at_end());
     }
-    write_columns<Tile>(params, sums, head, m_block * Tile::kM + lane % 4 * 2,
-                        n_block * Tile::kN + part * kFloats + column_in_part(thread),
-                        /*has_all_rows=*/(m_block + 1) * Tile::kM <= params.m);
+    const int of_c = n_block * Tile::kN + part * kFloats + column_in_part(thread);
+    write_columns<Tile::kM>(params, sums, bias_of(params, head, of_c), head, m_block * Tile::kM, of_c);
     __syncwarp();
   }
 }
