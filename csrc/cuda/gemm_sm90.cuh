@@ -283,8 +283,13 @@ __device__ void write_sums(const Params& params, const Sums& sums, int m, int he
         words[x] = pack(sums(place), sums(place + 1), Element{});
       }
       transpose(words, lane);
-      if (row < m && column + j * 32 < params.n)
-        *reinterpret_cast<uint4*>(at + j * 32) = make_uint4(words[0], words[1], words[2], words[3]);
+      if (row >= m || column + j * 32 >= params.n) continue;
+      const uint4 whole = make_uint4(words[0], words[1], words[2], words[3]);
+      if constexpr (Tile::kN == 64) {
+        write_past_l1(at + j * 32, whole);
+      } else {
+        *reinterpret_cast<uint4*>(at + j * 32) = whole;
+      }
     }
   }
 }
