@@ -285,7 +285,7 @@ __device__ void write_sums(const Params& params, const Sums& sums, int m, int he
       transpose(words, lane);
       if (row >= m || column + j * 32 >= params.n) continue;
       const uint4 whole = make_uint4(words[0], words[1], words[2], words[3]);
-      if constexpr (Tile::kN == 64) {
+      if constexpr (Tile::kN == 64) {  // of wider tiles it is not faster
         write_past_l1(at + j * 32, whole);
       } else {
         *reinterpret_cast<uint4*>(at + j * 32) = whole;
