@@ -159,7 +159,7 @@ __device__ void bring_grad_output(const BackwardParams& params, BackwardBarriers
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
     uint64_t* const full = &barriers.grad_full[at.slot][chunk];
-    ClusterBarrier::wait(&barriers.grad_empty[at.slot][chunk], at.parity ^ 1);
+    wait_for(&barriers.grad_empty[at.slot][chunk], at.parity ^ 1);
     if (lane == 0) ClusterTransactionBarrier::arrive_and_expect_tx(full, Tile::kChunkBytes);
     unsigned char* const to =
         stages + at.slot * Tile::kGradBytes + chunk * Tile::kChunkBytes + rank * Share<Tile>::kCount * kRowBytes;
@@ -199,7 +199,7 @@ __device__ void bring_rows(const BackwardParams& params, BackwardBarriers& barri
       unsigned char* const input = input_stages + at.slot * Tile::kInputBytes;
       uint64_t* const input_full = &barriers.input_full[at.slot];
       uint64_t unnamed = 0;
-      ClusterBarrier::wait(&barriers.input_empty[at.slot], at.parity ^ 1);
+      wait_for(&barriers.input_empty[at.slot], at.parity ^ 1);
       if constexpr (Tile::kGathers) {
         gather_input<Tile>(params, pieces, indices, input, first_input, own.head);
         cutlass::arch::cpasync_barrier_arrive_noinc(input_full);
@@ -240,7 +240,7 @@ __device__ void skip_grad_input(const BackwardParams& params, BackwardBarriers& 
     const Segment own(params.cut, segment);
     for (int tile = own.begin; tile < params.cut.row_tiles; tile += own.step) {
       for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-        ClusterBarrier::wait(&barriers.grad_full[at.slot][chunk], at.parity);
+        wait_for(&barriers.grad_full[at.slot][chunk], at.parity);
         release_grad<Tile>(&barriers.grad_empty[at.slot][chunk]);
       }
       at.advance(1, kBackwardStages<Tile>);
@@ -286,14 +286,14 @@ __device__ void make_grad_input(const BackwardParams& params, BackwardBarriers& 
   for (int segment = team; segment < params.cut.segments(); segment += params.cut.teams, weight_parity ^= 1) {
     const Segment own(params.cut, segment);
     const int first_input = first_input_of(own);
-    ClusterBarrier::wait(&barriers.weight_full, weight_parity);
+    wait_for(&barriers.weight_full, weight_parity);
     for (int tile = own.begin; tile < params.cut.row_tiles; tile += own.step) {
       [[maybe_unused]] int64_t indices[OwnPieces::kCount];
       if constexpr (Tile::kGathers) pieces.read(params, tile, indices);  // on their way while the tile is multiplied
       multiply.accumulate_ = GMMA::ScaleOut::Zero;
       warpgroup_fence_operand(sums);
       for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-        ClusterBarrier::wait(&barriers.grad_full[at.slot][chunk], at.parity);
+        wait_for(&barriers.grad_full[at.slot][chunk], at.parity);
         warpgroup_arrive();
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
@@ -332,7 +332,7 @@ __device__ void make_grad_input(const BackwardParams& params, BackwardBarriers& 
         }
         continue;
       }
-      cutlass::arch::fence_view_async_shared();
+      fence_shared_memory();
       cutlass::arch::NamedBarrier::sync(kGroup, 0);
       if (thread == 0) {
         for (int panel = 0; panel < Tile::kHd / 64; ++panel) {
@@ -386,9 +386,9 @@ __device__ void sum_grad_weight(const BackwardParams& params, BackwardBarriers& 
     const Segment own(params.cut, segment);
     multiply.accumulate_ = GMMA::ScaleOut::Zero;
     for (int tile = own.begin; tile < params.cut.row_tiles; tile += own.step) {
-      ClusterBarrier::wait(&barriers.input_full[at.slot], at.parity);
-      ClusterBarrier::wait(&barriers.grad_full[at.slot][beside], at.parity);
-      if constexpr (Tile::kGathers) cutlass::arch::fence_view_async_shared();  // cp.async wrote for wgmma to read
+      wait_for(&barriers.input_full[at.slot], at.parity);
+      wait_for(&barriers.grad_full[at.slot][beside], at.parity);
+      if constexpr (Tile::kGathers) fence_shared_memory();  // cp.async wrote for wgmma to read
       warpgroup_fence_operand(sums);
       warpgroup_arrive();
 #pragma unroll

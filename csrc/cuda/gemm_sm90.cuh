@@ -186,7 +186,7 @@ __device__ void produce(const Params& params, int m, Barriers& barriers, unsigne
     }
     for (int k_block = 0; k_block < cut.k_blocks; ++k_block) {
       if (brings_b && (leads || loose_b)) {
-        ClusterBarrier::wait(&barriers.b_empty[b.slot], b.parity ^ 1);
+        wait_for(&barriers.b_empty[b.slot], b.parity ^ 1);
         uint64_t* const full = &barriers.b_full[b.slot];
         unsigned char* const stage = b_stages + b.slot * Tile::kBBytes;
         if (loose_b) {
@@ -198,7 +198,7 @@ __device__ void produce(const Params& params, int m, Barriers& barriers, unsigne
         b.advance(1, cut.b_stages);
       }
       if (!leads && !Tile::kGathers && !loose_a) continue;
-      ClusterBarrier::wait(&barriers.a_empty[a.slot], a.parity ^ 1);
+      wait_for(&barriers.a_empty[a.slot], a.parity ^ 1);
       uint64_t* const full = &barriers.a_full[a.slot];
       unsigned char* const stage = a_stages + a.slot * Tile::kABytes;
       if constexpr (Tile::kGathers) {
@@ -359,10 +359,9 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
       rows.read(params, m, walk.m_block);  // on their way while the tile is multiplied
       Place a_now = a, b_now = b;
       const auto multiply_stage = [&](GMMA::ScaleOut first) {
-        ClusterBarrier::wait(&barriers.b_full[b_now.slot], b_now.parity);
-        ClusterBarrier::wait(&barriers.a_full[a_now.slot], a_now.parity);
-        if constexpr (Tile::kGathers || Tile::kLoose)
-          cutlass::arch::fence_view_async_shared();  // cp.async wrote for wgmma to read
+        wait_for(&barriers.b_full[b_now.slot], b_now.parity);
+        wait_for(&barriers.a_full[a_now.slot], a_now.parity);
+        if constexpr (Tile::kGathers || Tile::kLoose) fence_shared_memory();  // cp.async wrote for wgmma to read
         warpgroup_fence_operand(sums);
         warpgroup_arrive();
 #pragma unroll
@@ -403,7 +402,7 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
     if (cut.b_stays && has_last) {
       Place b_now = b;
       for (int k_block = 0; k_block < cut.k_blocks; ++k_block) {
-        if (!is_mine) ClusterBarrier::wait(&barriers.b_full[b_now.slot], b_now.parity);
+        if (!is_mine) wait_for(&barriers.b_full[b_now.slot], b_now.parity);
         release(&barriers.b_empty[b_now.slot]);
         b_now.advance(1, cut.b_stages);
       }
@@ -426,7 +425,7 @@ __device__ void consume(const Params& params, int m, Barriers& barriers, unsigne
       cutlass::arch::NamedBarrier::sync(kGroup, group);  // the tile before has been read out of c_tile
     }
     round_into<Tile>(c_tile, sums, as_thread);
-    if (!Tile::kLoose) cutlass::arch::fence_view_async_shared();
+    if (!Tile::kLoose) fence_shared_memory();
     cutlass::arch::NamedBarrier::sync(kGroup, group);
     if constexpr (Tile::kLoose) {
       const int row = walk.m_block * Tile::kM, column = walk.n_block * Tile::kN;

@@ -49,7 +49,7 @@ __device__ void bring_held(const Params& params, uint64_t* full, unsigned char* 
 template <class Tile>
 __device__ void bring_rows_of(const Params& params, Barriers& barriers, unsigned char* a_stages, const Place& at,
                               int head, int m_block) {
-  ClusterBarrier::wait(&barriers.a_empty[at.slot], at.parity ^ 1);
+  wait_for(&barriers.a_empty[at.slot], at.parity ^ 1);
   uint64_t* const full = &barriers.a_full[at.slot];
   ClusterTransactionBarrier::arrive_and_expect_tx(full, Tile::kABytes);
   for (int i = 0; i < Tile::kDepths; ++i)
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) held_kernel(const __grid_co
   unsigned char* const panels[] = {b + 2 * group * Tile::kBPanelBytes, b + (2 * group + 1) * Tile::kBPanelBytes};
   Tensor held = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _2, Int<Tile::kSteps>>>{});
   Tensor words = recast<uint32_t>(held);
-  ClusterBarrier::wait(barriers.b_full, 0);
+  wait_for(barriers.b_full, 0);
 #pragma unroll
   for (int panel = 0; panel < 2; ++panel) {
 #pragma unroll
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) held_kernel(const __grid_co
 
   // A tile beyond the last is multiplied by whatever is there, and no more is seen of it.
   const auto start = [&](int tile, int panel, auto& sums) {
-    if (panel == 0 && tile < tiles) ClusterBarrier::wait(&barriers.a_full[next.slot], next.parity);
+    if (panel == 0 && tile < tiles) wait_for(&barriers.a_full[next.slot], next.parity);
     warpgroup_fence_operand(sums);
     warpgroup_arrive();
 #pragma unroll
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) held_kernel(const __grid_co
   const auto hand_over = [&](int tile) {
     if (lane == 0) ClusterBarrier::arrive(&barriers.a_empty[done.slot]);
     done.advance(1, Tile::kStages);
-    cutlass::arch::fence_view_async_shared();
+    fence_shared_memory();
     if (threadIdx.x == 0) tma_store_wait<Tile::kRing - 2>();  // the next tile's place has been read out
     __syncthreads();
     if (threadIdx.x == 0 && tile < tiles) {

@@ -70,7 +70,7 @@ __device__ void bring_box(const Box& box, unsigned char* panel) {
 // What a thread has brought will have come when the barrier says so.
 __device__ inline void tell_of_box(bool in_words, uint64_t* full) {
   if (in_words) return cutlass::arch::cpasync_barrier_arrive_noinc(full);
-  cutlass::arch::fence_view_async_shared();
+  fence_shared_memory();
   ClusterBarrier::arrive(full);
 }
 

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kGroup, kMostBlocks<Tile>)
   warpgroup_fence_operand(sums);
   for (int i = 0; i < cut.k_blocks; ++i) {
     const Tensor a_pieces = pieces_of_a(a_stages + i * a_bytes);
-    ClusterBarrier::wait(&full[i], 0);
+    wait_for(&full[i], 0);
     warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < size<2>(a_pieces); ++k) {
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kGroup, kMostBlocks<Tile>)
   if (params.bias) SummedRows<Tile>{}.finish(params, head, n_block, sums);
   __syncthreads();  // all have read B, which makes room for C
   round_into<Tile>(b_stages, sums, static_cast<int>(threadIdx.x));
-  cutlass::arch::fence_view_async_shared();
+  fence_shared_memory();
   __syncthreads();
   if (threadIdx.x == 0) {
     store_tile<Tile>(params, b_stages, head, n_block, m_block);

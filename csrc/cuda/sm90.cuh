@@ -59,6 +59,16 @@ __device__ inline int place_in_panel(int row, int column) {
   return row * kRowBytes + ((column / 8) ^ (row % 8)) * 16 + column % 8 * 2;
 }
 
+// What follows stays behind it: the compiler may move ordinary loads and stores ahead of CUTLASS's.
+__device__ inline void wait_for(uint64_t* barrier, uint32_t parity) {
+  ClusterBarrier::wait(barrier, parity);
+  asm volatile("" ::: "memory");
+}
+
+// Makes loads and stores of shared memory come before those of the copy engine and the matrix unit that are told of
+// afterwards.
+__device__ inline void fence_shared_memory() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 using CacheHint = cute::TMA::CacheHintSm90;
 
 __device__ inline void bring(const CUtensorMap& map, uint64_t* barrier, void* to, int x, int y, int z) {

@@ -55,7 +55,7 @@ template <class Tile>
 __device__ void bring_all(const Tf32HeldParams& params, typename Tile::Barriers& barriers, unsigned char* stages) {
   Place at;
   const auto begin_stage = [&](int bytes) {
-    ClusterBarrier::wait(&barriers.empty[at.slot], at.parity ^ 1);
+    wait_for(&barriers.empty[at.slot], at.parity ^ 1);
     ClusterTransactionBarrier::arrive_and_expect_tx(&barriers.full[at.slot], bytes);
     return stages + at.slot * Tile::kABytes;
   };
@@ -112,16 +112,16 @@ __device__ __forceinline__ void multiply_all(const Tf32HeldParams& params, typen
   for (Walk walk(params.cut, params.cut.m_blocks, static_cast<int>(blockIdx.x)); !walk.at_end(); walk.next()) {
     if (walk.is_first_of_group()) {
       for (int stage = 0; stage < Tile::kStagesOfB; ++stage) {
-        ClusterBarrier::wait(&barriers.full[at.slot], at.parity);
+        wait_for(&barriers.full[at.slot], at.parity);
         if (part / Tile::kPartsOfStage == stage)
           held.read(stages + at.slot * Tile::kABytes + part % Tile::kPartsOfStage * Tile::kPartBytes,
                     params.is_b_transposed, thread_anew());
-        cutlass::arch::fence_view_async_shared();  // the copy engine will write where threads read
+        fence_shared_memory();  // the copy engine will write where threads read
         free_stage();
       }
       bias = bias_of(params, walk.head, walk.n_block * Tile::kN + column);
     }
-    ClusterBarrier::wait(&barriers.full[at.slot], at.parity);
+    wait_for(&barriers.full[at.slot], at.parity);
     warpgroup_fence_operand(sums);
     warpgroup_arrive();
 #pragma unroll

@@ -40,7 +40,7 @@ __device__ void bring_streams(const Tf32StreamedParams& params, typename Tile::B
   Place at;
   for (DealtWalk walk(params.deal, static_cast<int>(blockIdx.x)); !walk.at_end(); walk.next()) {
     for (int k_block = 0; k_block < params.k_blocks; ++k_block) {
-      ClusterBarrier::wait(&barriers.empty[at.slot], at.parity ^ 1);
+      wait_for(&barriers.empty[at.slot], at.parity ^ 1);
       uint64_t* const full = &barriers.full[at.slot];
       ClusterTransactionBarrier::arrive_and_expect_tx(full, Tile::kABytes + Tile::kBBytes);
       const int k = k_block * kFloats;
@@ -87,7 +87,7 @@ __device__ __forceinline__ void multiply_streams(const Tf32StreamedParams& param
   Columns even, odd;  // of stages in turn
   Place at;
   const auto turn = [&](Columns& columns, const Place& place) {
-    ClusterBarrier::wait(&barriers.full[place.slot], place.parity);
+    wait_for(&barriers.full[place.slot], place.parity);
     columns.read(b_stages + place.slot * Tile::kBBytes + part * Tile::kPartBytes, /*is_transposed=*/false, thread);
   };
   const auto free_stage = [&] {
