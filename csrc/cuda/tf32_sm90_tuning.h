@@ -29,7 +29,8 @@
 //   those 3052 that the rules take                        0.811 (43 are over 5 % slower)
 // Of 2525 drawn afterwards (2026-11-28-h200-tf32-held-again.csv) the rules take 1780, in 0.826 (0.56 to 1.18) of
 // cuBLAS's time, 24 of them over 5 % slower. The estimate is the least squares fit to half of the 4114, 12 % off in the
-// root mean square. Older: 839 with C through shared memory (2026-11-28-h200-tf32-tiles.csv).
+// root mean square. In these lists, and in the first table above, C had a hint to L2, which makes no difference (see
+// below) and is gone. Older: 839 with C through shared memory (2026-11-28-h200-tf32-tiles.csv).
 //
 // Those for streamed weights come from 3870 products: heads of 132 to 2048, 16 to 4096 columns, 1 to 128 heads, 64 to
 // 16384 rows, a quarter with B transposed (benchmarks/results/2026-11-28-h200-tf32-streamed.csv, when columns or rows

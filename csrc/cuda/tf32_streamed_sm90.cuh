@@ -1,9 +1,8 @@
 // C_i[m, n] = A_i[m, k] B_i[k, n] in TF32 for heads too long to be held: A and B come together, 32 along k at a time.
 //
 // Two warpgroups have 64 columns each of a tile of C, for all of its rows. They turn columns of the next stage while
-// those of this one are multiplied, and write their sums from registers: two columns side by side, so that eight
-// threads fill sectors. Blocks side by side are pairs, where tiles come in pairs, and each brings half of A's rows for
-// both.
+// those of this one are multiplied. Blocks side by side are pairs, where tiles come in pairs, and each brings half of
+// A's rows for both.
 #pragma once
 
 #include "tf32_sm90.cuh"
