@@ -25,10 +25,11 @@ from mhmatmul_ext import _C
 JUDGED = ("bfloat16", "float32", "tf32")  # what the marks are about
 LEGEND = """\
 Microseconds a call, medians. graph: replayed from a CUDA graph, without the host's part; - where the result's size
-depends on data, which no graph can hold. eager: called with the device idle, the host's part included. cold: operands
-not in L2; hot: just used. floor: the share of what the device's copy and torch.mm rates allow, graph cold, else eager
-cold. x: times our time (the line marked 1.00), in the same mode. *: ours. copy: of as many bytes, computing nothing.
-tf32: float32, rounded to TF32."""
+depends on data, which no graph can hold. mixed: the same with a small kernel of PyTorch's behind each call, included.
+stream: the graph's calls eagerly, one after the other: the host's part counts where it is longer, or a call waits.
+eager: called with the device idle, the host's part included. cold: operands not in L2; hot: just used. floor: the share
+of what the device's copy and torch.mm rates allow, graph cold, else stream cold. x: times our time (the line marked
+1.00), in the same mode. *: ours. copy: of as many bytes, computing nothing. tf32: float32, rounded to TF32."""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -111,7 +112,7 @@ def measure_all(options: argparse.Namespace, findings: Findings) -> list[GpuTimi
 def best_mode(runs: Runs, timing: GpuTiming) -> Mode:
     """Graph replays where there are some."""
     key = (timing.shape, timing.dtype, timing.kind, timing.name)
-    return "graph cold" if runs.mode("graph cold").get(*key) else "eager cold"
+    return "graph cold" if runs.mode("graph cold").get(*key) else "stream cold"
 
 
 def ratio_text(runs: Runs, timing: GpuTiming) -> str:
@@ -205,7 +206,7 @@ def bench(options: argparse.Namespace) -> None:
         print("--quick: few repeats, the figures are rough")
     print_tables(runs)
     marks = judge(runs, GPU_MARKS)
-    over = "bfloat16 where no other is named, graph replays with cold L2 where it does not say eager (set for an H200)"
+    over = "bfloat16 where no other is named, graph replays where nothing else is, cold L2 (set for an H200)"
     print_marks(marks, over, options.markdown)
     if findings.notes:
         print("\nNot timed:\n" + "\n".join(findings.notes))

@@ -16,13 +16,11 @@ import torch
 from command import Parser, UserError, check_folder, exit_code, progress
 from floor import work
 from gpu_floor import GpuRates, measure_rates
-from gpu_timing import DTYPES, QUICK, Candidate, Gpu, Operands, allow_tf32, capture_both, elapsed, prepare, sample
+from gpu_timing import DTYPES, QUICK, Gpu, Operands, allow_tf32, candidate_of, sample, with_graphs
 from gpu_ways import OPPONENTS, OURS
 from plot import find_pyplot
 from record import environment, gpu_environment, gpu_path, write
 from shapes import Shape
-from verify import check
-from ways import evaluate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,12 +74,9 @@ def measure(shape: Shape, dtype: str, repeats: int, gpu: Gpu, rates: GpuRates) -
     entries = []
     for name, way in WAYS.items():
         what = f"{shape.name} ({name})"
-        names, call = prepare(way, operands.first)
-        check(what, evaluate(way, names), exact, tf32=operands.tf32)
-        names.pop("r")
-        seconds = statistics.median(elapsed(call, 3))
-        graphs = capture_both(what, way, operands, gpu.copies(bytes), seconds, gpu, exact)
-        median = statistics.median(sample(Candidate(name, way, call, graphs), "graph cold", repeats, gpu))
+        candidate = candidate_of(what, name, way, operands, gpu.copies(bytes), exact)
+        candidate = with_graphs(what, candidate, operands, gpu, exact)
+        median = statistics.median(sample(candidate, "graph cold", repeats, gpu))
         entries.append({"name": name, "median": median, "floor": floor})
     return entries
 

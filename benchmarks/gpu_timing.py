@@ -1,8 +1,11 @@
 """Times on a GPU by events on the device, each way eager and replayed from a CUDA graph, with hot and with cold L2.
 
-A graph holds one call after the other, and its time is divided among them: without what a launch costs the host.
-Eager calls start with the device idle: with what the host takes. Hot: the operands were just used. Cold: in a graph
-every call has operands of its own, several times as large as L2 together; eager, L2 is overwritten before.
+A graph holds one call after the other, and its time is divided among them: without what a launch costs the host. Mixed
+is the same with a small kernel of PyTorch's behind each call, included: our kernels let one another begin early, which
+others do not. A stream is the graph's calls made eagerly: the host's part counts where it is the longer one, or where a
+call waits for the device. Eager calls start with the device idle: with all that the host takes. Hot: the operands were
+just used. Cold: every call has operands of its own, several times as large as L2 together; eager, L2 is overwritten
+before.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -27,12 +31,18 @@ if TYPE_CHECKING:
     from shapes import Shape
     from verify import Sample
 
-Mode = Literal["graph cold", "graph hot", "eager cold", "eager hot"]
-MODES: tuple[Mode, ...] = ("graph cold", "graph hot", "eager cold", "eager hot")
+    Names = dict[str, object]
+    Call = Callable[[], object]
+    Exact = tuple[Tensor | Sample, ...]
+
+Mode = Literal["graph cold", "graph hot", "mixed cold", "stream cold", "eager cold", "eager hot"]
+GRAPHS: tuple[Mode, ...] = ("graph cold", "graph hot", "mixed cold")
+MODES: tuple[Mode, ...] = (*GRAPHS, "stream cold", "eager cold", "eager hot")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 
-GRAPH_SECONDS = 1e-3  # a graph holds calls for about as long
-MOST_CALLS = 128  # in a graph, where operand sets do not ask for more
+SERIES_SECONDS = 1e-3  # a graph or a stream holds calls for about as long
+WAITING_SECONDS = 4e-3  # a stream of calls that wait for the device, which then waits for the events, too
+MOST_CALLS = 128  # in it, where operand sets do not ask for more
 CACHES = 6  # times the size of L2, for operands that are to be cold
 MOST_SETS = 512
 WARM_UP = 3
@@ -74,13 +84,30 @@ class GpuTiming(NamedTuple):
         return 1 / self.median
 
 
+class Series(NamedTuple):
+    """Calls with one operand set after the other, again and again."""
+
+    calls: list[Call]
+    sets: int
+    names: Names  # of the last set
+
+    def run(self, behind: Call | None = None) -> deque[object]:
+        """Each set's result is kept until its next one, for the next set's to lie elsewhere."""
+        results: deque[object] = deque()
+        for call in self.calls:
+            if len(results) == self.sets:
+                results.popleft()
+            results.append(call())
+            if behind:
+                behind()
+        return results
+
+
 class Captured(NamedTuple):
-    """A graph of calls, and what keeps its memory: the result of the last call of each operand set."""
+    """A graph of calls, and what keeps its memory: the last result of each operand set."""
 
     graph: torch.cuda.CUDAGraph
     results: deque[object]
-    calls: int
-    sets: int
 
 
 class Candidate(NamedTuple):
@@ -88,8 +115,13 @@ class Candidate(NamedTuple):
 
     name: str
     way: Way
-    call: Callable[[], object]
-    graphs: dict[Mode, Captured]  # empty: it cannot be captured
+    hot: Series  # with one operand set
+    cold: Series  # with many
+    graphs: dict[Mode, Captured]  # none: it cannot be captured
+
+    def series(self, mode: Mode) -> Series:
+        """What is called in this mode, unless it is one call for itself."""
+        return self.hot if mode == "graph hot" else self.cold
 
 
 class Findings(NamedTuple):
@@ -115,6 +147,11 @@ class Gpu:
         self.stream = torch.cuda.current_stream()
         self.l2 = self.properties.L2_cache_size
         self._flushed = torch.empty(max(4 * self.l2, 64 << 20) // 4, dtype=torch.int32, device="cuda")
+        self._few = torch.zeros(64, device="cuda")
+
+    def other_kernel(self) -> None:
+        """A small one of PyTorch's."""
+        self._few.add_(1)
 
     def flush(self) -> None:
         """Fill L2 with something else."""
@@ -150,7 +187,7 @@ def allow_tf32(allowed: bool) -> None:
     torch.set_float32_matmul_precision("high" if allowed else "highest")
 
 
-def elapsed(call: Callable[[], object], repeats: int, before: Callable[[], object] | None = None) -> list[float]:
+def elapsed(call: Call, repeats: int, before: Call | None = None) -> list[float]:
     """Seconds of each of so many calls.
 
     With `before`, that is run and waited for ahead of each call, untimed; without, one call follows the other.
@@ -171,27 +208,30 @@ def elapsed(call: Callable[[], object], repeats: int, before: Callable[[], objec
     return [start.elapsed_time(end) / 1000 for start, end in events]
 
 
-def prepare(way: Way, problem: Problem) -> tuple[dict[str, object], Callable[[], object]]:
+def prepare(way: Way, problem: Problem) -> tuple[Names, Call]:
     """The names of a way with these operands, and its call."""
     names = namespace(problem)
     exec(way.setup, names)
-    call: Callable[[], object] = eval(f"lambda: {way.statement}", names)
+    call: Call = eval(f"lambda: {way.statement}", names)
     return names, call
 
 
-def capture(calls: Sequence[Callable[[], object]], sets: int, stream: torch.cuda.Stream) -> Captured:
-    """A graph of these calls; operand sets keep their results, for the next one's to lie elsewhere."""
+def series_of(prepared: Sequence[tuple[Names, Call]], seconds: float, length: float = SERIES_SECONDS) -> Series:
+    """These calls by turns for about so long; each takes so many seconds."""
+    count = min(MOST_CALLS, max(1, math.ceil(length / seconds)))
+    calls = [call for _, call in prepared]
+    return Series(calls * max(1, round(count / len(calls))), len(calls), prepared[-1][0])
+
+
+def capture(series: Series, gpu: Gpu, mode: Mode) -> Captured:
+    """A graph of these calls."""
     graph = torch.cuda.CUDAGraph()
-    results: deque[object] = deque()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            if len(results) == sets:
-                results.popleft()
-            results.append(call())
-    return Captured(graph, results, len(calls), sets)
+    with torch.cuda.graph(graph, stream=gpu.stream):
+        results = series.run(gpu.other_kernel if mode == "mixed cold" else None)
+    return Captured(graph, results)
 
 
-def replayed(captured: Captured, way: Way, names: dict[str, object]) -> tuple[Tensor, ...]:
+def replayed(captured: Captured, way: Way, names: Names) -> tuple[Tensor, ...]:
     """The result of the last call of a graph; what a replay does not write holds NaN, or no position."""
     names["r"] = captured.results[-1]
     results = result_of(way, names)
@@ -201,20 +241,25 @@ def replayed(captured: Captured, way: Way, names: dict[str, object]) -> tuple[Te
     return results
 
 
-def capture_both(
-    what: str, way: Way, operands: Operands, copies: int, seconds: float, gpu: Gpu, exact: tuple[Tensor | Sample, ...]
-) -> dict[Mode, Captured]:
-    """Graphs with one operand set and with many, their results checked."""
-    calls = min(MOST_CALLS, max(1, math.ceil(GRAPH_SECONDS / seconds)))
-    prepared = [prepare(way, problem) for problem in operands.take(copies)]
-    graphs: dict[Mode, Captured] = {}
-    plans: list[tuple[Mode, int, int]] = [("graph hot", 1, calls), ("graph cold", copies, round(calls / copies))]
-    for mode, sets, each in plans:
-        captured = capture([call for _, call in prepared[:sets]] * max(1, each), sets, gpu.stream)
-        name = f"{what}, replayed from a graph,"
-        check(name, replayed(captured, way, prepared[sets - 1][0]), exact, tf32=operands.tf32)
-        graphs[mode] = captured
-    return graphs
+def candidate_of(what: str, name: str, way: Way, operands: Operands, copies: int, exact: Exact) -> Candidate:
+    """The way, its result checked, not captured yet."""
+    names, call = prepare(way, operands.first)
+    check(what, evaluate(way, names), exact, tf32=operands.tf32)
+    names.pop("r")
+    elapsed(call, WARM_UP)
+    seconds = statistics.median(elapsed(call, WARM_UP))
+    prepared = [(names, call), *(prepare(way, problem) for problem in operands.take(copies)[1:])]
+    length = SERIES_SECONDS if way.captures else WAITING_SECONDS
+    return Candidate(name, way, series_of(prepared[:1], seconds), series_of(prepared, seconds, length), {})
+
+
+def with_graphs(what: str, candidate: Candidate, operands: Operands, gpu: Gpu, exact: Exact) -> Candidate:
+    """The same with its graphs, their results checked."""
+    graphs = {mode: capture(candidate.series(mode), gpu, mode) for mode in GRAPHS}
+    for mode, captured in graphs.items():
+        results = replayed(captured, candidate.way, candidate.series(mode).names)
+        check(f"{what}, replayed from a graph,", results, exact, tf32=operands.tf32)
+    return candidate._replace(graphs=graphs)
 
 
 def build(kind: Kind, operands: Operands, with_compile: bool, gpu: Gpu, findings: Findings) -> list[Candidate]:
@@ -226,45 +271,38 @@ def build(kind: Kind, operands: Operands, with_compile: bool, gpu: Gpu, findings
         what = f"{kind} ({name}) of {operands.shape.name} in {operands.dtype}"
         ours = name in OURS[kind]
         try:
-            names, call = prepare(way, operands.first)
-            check(what, evaluate(way, names), exact, tf32=operands.tf32)
-            names.pop("r")
-            elapsed(call, WARM_UP)
-            seconds = statistics.median(elapsed(call, WARM_UP))
+            candidate = candidate_of(what, name, way, operands, gpu.copies(bytes), exact)
         except Exception as error:
             findings.add(what, error, ours)
             continue
-        graphs: dict[Mode, Captured] = {}
         if way.captures:
             try:
-                graphs = capture_both(what, way, operands, gpu.copies(bytes), seconds, gpu, exact)
+                candidate = with_graphs(what, candidate, operands, gpu, exact)
             except Exception as error:
                 findings.add(f"{what}, captured", error, ours)
-        candidates.append(Candidate(name, way, call, graphs))
+        candidates.append(candidate)
     return candidates
 
 
 def copy_of(kind: Kind, operands: Operands, gpu: Gpu) -> Candidate:
     """A copy of as many bytes: how near the floor one comes at this size with nothing to compute."""
     bytes = work(kind, operands.shape, DTYPES[operands.dtype].itemsize)[1]
-    sets = gpu.copies(bytes)
-    halves = [torch.zeros(2, math.ceil(bytes / 2), dtype=torch.uint8, device="cuda") for _ in range(sets)]
-    calls = [lambda to=to, source=source: to.copy_(source) for to, source in halves]
-    each = min(MOST_CALLS, max(1, math.ceil(GRAPH_SECONDS / statistics.median(elapsed(calls[0], WARM_UP)))))
-    graphs: dict[Mode, Captured] = {
-        "graph hot": capture(calls[:1] * each, 1, gpu.stream),
-        "graph cold": capture(calls * max(1, round(each / sets)), sets, gpu.stream),
-    }
-    return Candidate("copy", Way("to.copy_(source)"), calls[0], graphs)
+    halves = [torch.zeros(2, math.ceil(bytes / 2), dtype=torch.uint8, device="cuda") for _ in range(gpu.copies(bytes))]
+    calls: list[tuple[Names, Call]] = [({}, partial(to.copy_, source)) for to, source in halves]
+    seconds = statistics.median(elapsed(calls[0][1], WARM_UP))
+    copy = Candidate("copy", Way("to.copy_(source)"), series_of(calls[:1], seconds), series_of(calls, seconds), {})
+    return copy._replace(graphs={mode: capture(copy.series(mode), gpu, mode) for mode in GRAPHS})
 
 
 def sample(candidate: Candidate, mode: Mode, repeats: int, gpu: Gpu) -> list[float]:
     """Seconds a call."""
-    if mode in ("eager cold", "eager hot"):
-        return elapsed(candidate.call, repeats, gpu.flush if mode == "eager cold" else candidate.call)
-    captured = candidate.graphs[mode]
-    # While one replay runs the next is launched, which takes no time then; but for the first.
-    return [seconds / captured.calls for seconds in elapsed(captured.graph.replay, repeats + 1)[1:]]
+    if mode.startswith("eager"):
+        call = candidate.hot.calls[0]
+        return elapsed(call, repeats, gpu.flush if mode == "eager cold" else call)
+    series = candidate.series(mode)
+    run = candidate.graphs[mode].graph.replay if mode in GRAPHS else series.run
+    # While one runs the next is launched, as far as the host gets; but for the first.
+    return [seconds / len(series.calls) for seconds in elapsed(run, repeats + 1)[1:]]
 
 
 def measure(
@@ -279,15 +317,16 @@ def measure(
     for _ in range(effort.rounds):
         for i, candidate in enumerate(candidates):
             for mode in MODES:
-                if mode.startswith("eager") or candidate.graphs:
+                if mode not in GRAPHS or candidate.graphs:
                     times.setdefault((i, mode), []).extend(sample(candidate, mode, effort.repeats, gpu))
     shape, itemsize = operands.shape, DTYPES[operands.dtype].itemsize
     flop, bytes = work(kind, shape, itemsize)
     timings = []
     for (i, mode), seconds in times.items():
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        name, way, _, graphs = candidates[i]
-        calls, sets = (graphs[mode].calls, graphs[mode].sets) if mode in graphs else (1, 1)
+        name, way, *_ = candidates[i]
+        series = candidates[i].series(mode)
+        calls, sets = (1, 1) if mode.startswith("eager") else (len(series.calls), series.sets)
         about = (shape.name, operands.dtype, kind, name, mode, way.statement, shape.rows, flop, bytes)
         timings.append(GpuTiming(*about, calls, sets, len(seconds), median, high - low))
     return timings

@@ -9,7 +9,7 @@ from typing import Any
 
 from command import Parser, UserError, exit_code
 
-MODES = ("graph cold", "graph hot", "eager cold", "eager hot")
+MODES = ("graph cold", "graph hot", "mixed cold", "stream cold", "eager cold", "eager hot")
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -185,8 +185,8 @@ def test_gpu_quick_run(tmp_path):
     timed = {(t["kind"], t["name"], t["mode"]) for t in record["timings"] if t["shape"] == "mod"}
     graph = {("forward", "out="), ("forward", "bmm(out=)"), ("backward", "explicit"), ("importance", "capacity")}
     eager = graph | {("importance", "kept"), ("importance", "eager")}
-    assert {(*way, f"graph {cache}") for way in graph for cache in ("cold", "hot")} <= timed
-    assert {(*way, f"eager {cache}") for way in eager for cache in ("cold", "hot")} <= timed
+    assert {(*way, mode) for way in graph for mode in ("graph cold", "graph hot", "mixed cold")} <= timed
+    assert {(*way, mode) for way in eager for mode in ("stream cold", "eager cold", "eager hot")} <= timed
     assert not any(mode.startswith("graph") for kind, name, mode in timed if name in ("kept", "eager"))
 
 
