@@ -72,6 +72,7 @@ ONE_WAVE = [
     (1000, 8, 128, 128),
     (65, 2, 40, 24),
     (300, 4, 512, 512),
+    (130, 100, 72, 160),
 ]
 # as small as each kernel is still taken for, for tools that make it a hundred times slower: one wave, persistent, the
 # weight in registers, packed heads, long heads, through shared memory by two tiles and by one, 192 columns, at no

@@ -143,10 +143,11 @@ std::optional<OneWave> one_wave(const HeadGemm& gemm, int multiprocessors) {
   wave.cut.heads = static_cast<int>(gemm.batch);
   wave.rows = static_cast<int>(std::min<int64_t>(kOneWaveRows, share(gemm.m, 8) * 8));
   wave.blocks = static_cast<int>(m_blocks * n_blocks * gemm.batch);
-  // Shared memory that nobody needs keeps more of them from one multiprocessor than an even share.
   const int each = static_cast<int>(share(wave.blocks, multiprocessors));
+  wave.cut.b_stages = tuning::stages_of_one_wave(wave.cut.k_blocks, each);
+  // Shared memory that nobody needs keeps more of them from one multiprocessor than an even share.
   const int least = kSharedOfMultiprocessor / (each + 1) - kSharedReserved + kSharedAlignment / 4;
-  wave.bytes = std::max(bytes_of_one_wave<Tile>(wave.cut.k_blocks, wave.rows), least);
+  wave.bytes = std::max(bytes_of_one_wave<Tile>(wave.cut.b_stages, wave.rows), least);
   if (each * (wave.bytes + kSharedReserved) > kSharedOfMultiprocessor) return std::nullopt;
   return wave;
 }

@@ -79,6 +79,9 @@
 //   - C past L1 from tiles of 64 columns. Predicted: 1 to 5 % wherever C goes from registers. Found, in two runs each:
 //     37.9 -> 36.3 us at 64 heads of 64 -> 64, 19.0 -> 18.7 at 32 -> 32, nothing where tiles are wider, 1 to 2 % slower
 //     there with gathered rows, and the backward kernel's gradients past L1 3 to 7 % slower.
+//   - One wave of 7 or 8 blocks a multiprocessor: each asks for half of k at first. Predicted: the next kernel's blocks
+//     come up beside them, 5 to 10 %. They have no registers for that; found all the same, 128 heads of 128 -> 512:
+//     6.06 -> 5.91 us with 1 row, 9.17 -> 8.42 with 64. With 6 blocks or fewer, or longer heads: 6 to 26 % slower.
 //   - No more stages of A than it takes: 49.1 -> 48.2 us at 512 -> 128, 5 instead of 6, 21.0 -> 20.4 at 256 -> 256, 8
 //     instead of 12; more in flight only keep C waiting.
 // In 22 shapes cuBLAS gave the very same bits.
@@ -90,7 +93,9 @@
 //   - Stages of A of 64 rows in tiles of 128, to let go of them sooner: 1 % faster at 512 -> 128, 10 % slower at
 //     512 -> 512.
 //   - Small products: writing C without the copy engine (6.0 -> 6.1 us with 1 row, 9.4 -> 14.8 with 64), or asking for
-//     B in L2 before the kernel ahead has ended (6.0 -> 7.0; where B is small it gains a tenth).
+//     B in L2 before the kernel ahead has ended (6.0 -> 7.0; where B is small it gains a tenth). Again, for 8 KiB a
+//     block: 6.3 -> 5.9 to 6.1 behind kernels of ours, which let it begin, but 9.0 -> 9.4 to 9.7 behind a small one of
+//     PyTorch's, that included.
 //   - The fastest of cuBLASLt's first 16 algorithms for what cuBLAS takes: within 1 % of the first one from 64 rows on
 //     and, timed in a warm cache, worse for fewer.
 //   - For 128 -> 512 with tiles of 64 x 256, which reach 0.83 of the floor: two blocks side by side in a cluster that
@@ -218,6 +223,12 @@ inline bool prefers_tiles_of_c(const Sizes& sizes, bool a_splits_sectors, bool c
 inline int most_stages_of_a(const TileSize& tile, const Sizes& sizes, bool c_splits_sectors) {
   if (c_splits_sectors && sizes.k <= 128) return 3;
   return tile.m == 64 ? 8 : (tile.n == 64 ? 6 : 5);
+}
+
+// Of a small product's k, in 64s, what each of `blocks` blocks on a multiprocessor asks for at once.
+inline int stages_of_one_wave(int k_blocks, int blocks) {
+  constexpr int kMany = 7;
+  return k_blocks == 2 && blocks >= kMany ? 1 : k_blocks;
 }
 
 // Whether a block shall hold a head's B in registers (held_sm90.cuh). Measured at 128 -> 512; how much less it may be

@@ -1,9 +1,9 @@
 // The product of gemm_sm90.cuh where each tile of C can have a block of its own and all blocks work at once: what
 // counts is how soon all bytes are under way, and how little is left to do when the last have come.
 //
-// A block is one warpgroup and has no ring: everything that it needs is asked for at once, each 64 along k with a
-// barrier of its own, and multiplied as it comes. Of A only the rows that there are come; what the matrix unit reads in
-// place of others makes rows of C that nobody writes.
+// A block is one warpgroup. What it needs it asks for at once, each 64 along k with a barrier of its own, or in two
+// halves where many blocks share a multiprocessor, and multiplies it as it comes. Of A only the rows that there are
+// come; what the matrix unit reads in place of others makes rows of C that nobody writes.
 //
 // Sums are taken as in gemm_sm90.cuh: the same bits.
 #pragma once
@@ -22,9 +22,9 @@ constexpr int kMostBlocks = Tile::kN == 64 ? 8 : 5;
 // Shared memory, in this order: stages of A, `rows` each, stages of B, barriers. Behind A's last stage the matrix unit
 // reads B as if it were rows of A.
 template <class Tile>
-constexpr int bytes_of_one_wave(int k_blocks, int rows) {
+constexpr int bytes_of_one_wave(int stages, int rows) {
   static_assert(Tile::kBBytes >= kOneWaveRows * kRowBytes);
-  return kSharedAlignment + k_blocks * (rows * kRowBytes + Tile::kBBytes) +
+  return kSharedAlignment + stages * (rows * kRowBytes + Tile::kBBytes) +
          kMostDepths * static_cast<int>(sizeof(uint64_t));
 }
 
@@ -36,29 +36,32 @@ __global__ void __launch_bounds__(kGroup, kMostBlocks<Tile>)
   using namespace cute;
   using Element = typename Tile::Element;
   const Cut& cut = params.cut;
-  const int a_bytes = rows * kRowBytes;
+  const int a_bytes = rows * kRowBytes, stages = cut.b_stages;
   unsigned char* const a_stages = aligned_shared_memory();
-  unsigned char* const b_stages = a_stages + cut.k_blocks * a_bytes;
-  auto* const full = reinterpret_cast<uint64_t*>(b_stages + cut.k_blocks * Tile::kBBytes);
+  unsigned char* const b_stages = a_stages + stages * a_bytes;
+  auto* const full = reinterpret_cast<uint64_t*>(b_stages + stages * Tile::kBBytes);
   const int tile = static_cast<int>(blockIdx.x), n_block = tile % cut.n_blocks, head = tile / cut.n_blocks % cut.heads;
   const int m_block = tile / cut.n_blocks / cut.heads;
 
   if (threadIdx.x == 0) {
     prefetch_tma_descriptor(&params.a);
     prefetch_tma_descriptor(&params.b);
-    for (int i = 0; i < cut.k_blocks; ++i) ClusterBarrier::init(&full[i], 1);
+    for (int i = 0; i < stages; ++i) ClusterBarrier::init(&full[i], 1);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
   follow_kernel_before();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < cut.k_blocks; ++i) {
-      ClusterTransactionBarrier::arrive_and_expect_tx(&full[i], Tile::kBBytes + a_bytes);
-      bring_b<Tile>(params, &full[i], b_stages + i * Tile::kBBytes, head, n_block, i);
-      bring(params.a, &full[i], a_stages + i * a_bytes, i * kDepth, head, m_block * kOneWaveRows);
+  // 64 along k, into a stage that nobody reads. Called by all.
+  const auto bring_both = [&](int k_block, int stage) {
+    if (threadIdx.x == 0) {
+      uint64_t* const told = &full[stage];
+      ClusterTransactionBarrier::arrive_and_expect_tx(told, Tile::kBBytes + a_bytes);
+      bring_b<Tile>(params, told, b_stages + stage * Tile::kBBytes, head, n_block, k_block);
+      bring(params.a, told, a_stages + stage * a_bytes, k_block * kDepth, head, m_block * kOneWaveRows);
     }
-  }
-  __syncwarp();
+    __syncwarp();
+  };
+  for (int i = 0; i < stages; ++i) bring_both(i, i);
 
   typename Product<Tile>::Multiply multiply;
   const auto slice = multiply.get_slice(threadIdx.x);
@@ -71,16 +74,23 @@ __global__ void __launch_bounds__(kGroup, kMostBlocks<Tile>)
   Tensor sums = partition_fragment_C(multiply, Shape<_64, Int<Tile::kN>>{});
   multiply.accumulate_ = GMMA::ScaleOut::Zero;
   warpgroup_fence_operand(sums);
+  Place place;
   for (int i = 0; i < cut.k_blocks; ++i) {
-    const Tensor a_pieces = pieces_of_a(a_stages + i * a_bytes);
-    wait_for(&full[i], 0);
+    const Tensor a_pieces = pieces_of_a(a_stages + place.slot * a_bytes);
+    wait_for(&full[place.slot], place.parity);
     warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < size<2>(a_pieces); ++k) {
-      gemm(multiply, a_pieces(_, 0, k, 0), b_pieces(_, 0, k, i), sums(_, 0, 0));
+      gemm(multiply, a_pieces(_, 0, k, 0), b_pieces(_, 0, k, place.slot), sums(_, 0, 0));
       multiply.accumulate_ = GMMA::ScaleOut::One;
     }
     warpgroup_commit_batch();
+    if (i + stages < cut.k_blocks) {
+      warpgroup_wait<0>();
+      __syncthreads();
+      bring_both(i + stages, place.slot);
+    }
+    place.advance(1, stages);
   }
   warpgroup_wait<0>();
   warpgroup_fence_operand(sums);
