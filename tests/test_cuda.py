@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -696,6 +697,58 @@ def test_cuda_graph(dtype):
     torch.cuda.synchronize()
     for got, wanted in zip(captured, work(), strict=True):
         assert torch.equal(got, wanted)
+
+
+class Edge(ctypes.Structure):
+    _fields_ = [("from_port", ctypes.c_ubyte), ("to_port", ctypes.c_ubyte), ("type", ctypes.c_ubyte)]
+    _fields_ += [("reserved", ctypes.c_ubyte * 5)]
+
+
+def kinds_of_edges(graph: torch.cuda.CUDAGraph) -> list[int]:
+    """Of a graph whose nodes follow one another: 1 where a node may begin before the one ahead has ended."""
+    major = torch.version.cuda.partition(".")[0]
+    runtime = ctypes.CDLL(f"libcudart.so.{major}")
+    edges = runtime.cudaGraphGetEdges if int(major) >= 13 else runtime.cudaGraphGetEdges_v2
+    raw, count = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t(0)
+    assert edges(raw, None, None, None, ctypes.byref(count)) == 0
+    ends, data = [(ctypes.c_void_p * count.value)() for _ in range(2)], (Edge * count.value)()
+    assert edges(raw, *ends, data, ctypes.byref(count)) == 0
+    following = {begin: (end, edge.type) for begin, end, edge in zip(*ends, data, strict=True)}
+    node = next(iter(following.keys() - {end for end, _ in following.values()}))
+    kinds = []
+    while node in following:
+        node, kind = following[node]
+        kinds.append(kind)
+    return kinds
+
+
+@halves
+def test_a_captured_kernel_begins_early_behind_ours_alone(dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+    input = torch.randn(4, 16, 128, device="cuda", dtype=dtype)
+    weight = torch.randn(16, 128, 128, device="cuda", dtype=dtype)
+    out, few = torch.empty_like(input), torch.zeros(4, device="cuda")
+
+    def work():
+        for _ in range(2):
+            ops._head_matmul_out(input, weight, None, out)
+            ops._head_matmul_out(input, weight, None, out)
+            few.add_(1)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        work()
+    side.synchronize()
+    expected = out.clone()
+    for _ in range(2):  # what one capture left is nothing to the next
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(graph, stream=side):
+            work()
+        assert kinds_of_edges(graph) == [1, 0, 0, 1, 0]
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)
 
 
 def test_streams_do_not_share():

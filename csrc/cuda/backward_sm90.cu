@@ -10,7 +10,7 @@ namespace {
 using namespace sm90;
 
 int clusters_of(const HeadBackward& backward) {
-  return attribute_of_device(cudaDevAttrMultiProcessorCount) / tuning::backward_tile_shape(backward).cluster;
+  return multiprocessors_here() / tuning::backward_tile_shape(backward).cluster;
 }
 
 BackwardCut cut(const HeadBackward& backward) {
@@ -66,16 +66,14 @@ void run(const HeadBackward& backward, float* partial, cudaStream_t stream) {
     params.input = rows(backward.input, backward.input_head_stride, backward.input_stride);
     if (params.wants_input) params.grad_input = rows(backward.grad_input, hd, heads * hd);
   }
-  check(cudaFuncSetAttribute(backward_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBackwardBytes<Tile>),
-        "cudaFuncSetAttribute");
-  launch(backward_kernel<Tile>, dim3(params.cut.teams * Tile::kCluster), Tile::kThreads, kBackwardBytes<Tile>,
-         Tile::kCluster, stream, params);
+  launch<backward_kernel<Tile>>(dim3(params.cut.teams * Tile::kCluster), Tile::kThreads, kBackwardBytes<Tile>,
+                                Tile::kCluster, stream, params);
   if (!params.partial) return;
   constexpr int kThreads = 256, kPerThread = 4;
   const int64_t count = heads * hd * e / kPerThread;
-  launch(add_splits_kernel<typename Tile::Element>, dim3(static_cast<unsigned int>((count + kThreads - 1) / kThreads)),
-         kThreads, 0, 1, stream, reinterpret_cast<const float4*>(partial), params.cut.splits, count,
-         static_cast<uint2*>(backward.grad_weight));
+  launch<add_splits_kernel<typename Tile::Element>>(
+      dim3(static_cast<unsigned int>((count + kThreads - 1) / kThreads)), kThreads, 0, 1, stream,
+      reinterpret_cast<const float4*>(partial), params.cut.splits, count, static_cast<uint2*>(backward.grad_weight));
 }
 
 template <class Element, bool gathers>

@@ -113,13 +113,11 @@ Params params_of(const HeadGemm& gemm, const Cut& cut, int rows) {
 
 template <class Tile>
 void launch(const HeadGemm& gemm, cudaStream_t stream) {
-  const Cut own = cut<Tile>(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  const Cut own = cut<Tile>(gemm, multiprocessors_here());
   const int bytes =
       kFixedBytes + own.a_stages * Tile::kABytes + own.b_stages * Tile::kBBytes + own.c_tiles * Tile::kCBytes;
-  check(cudaFuncSetAttribute(head_gemm_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-        "cudaFuncSetAttribute");
-  sm90::launch(head_gemm_kernel<Tile>, dim3(own.blocks), kThreads, bytes, /*cluster=*/1, stream,
-               params_of<Tile>(gemm, own, Tile::kM));
+  sm90::launch<head_gemm_kernel<Tile>>(dim3(own.blocks), kThreads, bytes, /*cluster=*/1, stream,
+                                       params_of<Tile>(gemm, own, Tile::kM));
 }
 
 // A product of as many blocks as work at once, all of them.
@@ -165,12 +163,10 @@ bool is_one_wave(const HeadGemm& gemm, int multiprocessors) {
 
 template <class Tile>
 bool launch_one_wave(const HeadGemm& gemm, cudaStream_t stream) {
-  const auto wave = one_wave<Tile>(gemm, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  const auto wave = one_wave<Tile>(gemm, multiprocessors_here());
   if (!wave) return false;
-  check(cudaFuncSetAttribute(one_wave_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-        "cudaFuncSetAttribute");
-  sm90::launch(one_wave_kernel<Tile>, dim3(wave->blocks), kGroup, wave->bytes, /*cluster=*/1, stream,
-               params_of<Tile>(gemm, wave->cut, wave->rows), wave->rows);
+  sm90::launch<one_wave_kernel<Tile>>(dim3(wave->blocks), kGroup, wave->bytes, /*cluster=*/1, stream,
+                                      params_of<Tile>(gemm, wave->cut, wave->rows), wave->rows);
   return true;
 }
 
@@ -178,13 +174,10 @@ bool launch_one_wave(const HeadGemm& gemm, cudaStream_t stream) {
 template <class Tile>
 bool launch_held(const HeadGemm& gemm, cudaStream_t stream) {
   if (!tuning::prefers_held(sizes_of(gemm))) return false;
-  const Cut cut =
-      tuning::cut_of(sizes_of(gemm), {Tile::kM, Tile::kN}, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  const Cut cut = tuning::cut_of(sizes_of(gemm), {Tile::kM, Tile::kN}, multiprocessors_here());
   if (cut.groups() != cut.blocks) return false;
-  check(cudaFuncSetAttribute(held_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-        "cudaFuncSetAttribute");
-  sm90::launch(held_kernel<Tile>, dim3(cut.blocks), Tile::kThreads, Tile::kBytes, /*cluster=*/1, stream,
-               params_of<Tile>(gemm, cut, Tile::kM));
+  sm90::launch<held_kernel<Tile>>(dim3(cut.blocks), Tile::kThreads, Tile::kBytes, /*cluster=*/1, stream,
+                                  params_of<Tile>(gemm, cut, Tile::kM));
   return true;
 }
 
@@ -267,7 +260,7 @@ void launch_element(const HeadGemm& whole, cudaStream_t stream) {
 bool takes_sm90(HeadGemm& gemm) {
   if (!runs_here()) return false;
   if (!are_countable({gemm.m, gemm.n, gemm.k, gemm.batch, gemm.a_rows})) return false;
-  const int multiprocessors = attribute_of_device(cudaDevAttrMultiProcessorCount);
+  const int multiprocessors = multiprocessors_here();
   const LooseOperands loose = loose_of(gemm);
   if (loose.any())
     return !gemm.indices && tuning::prefers_loose(sizes_of(gemm), loose.a.in_elements(), multiprocessors);

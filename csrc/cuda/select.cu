@@ -332,10 +332,12 @@ __global__ void __launch_bounds__(kThreads)
 // that begin before the kernel ahead has ended.
 template <class Format>
 bool is_hopper() {
-  constexpr int kHopper = 90;
-  cudaFuncAttributes attributes{};
-  return cudaFuncGetAttributes(&attributes, select_kernel<Format, true>) == cudaSuccess &&
-         attributes.ptxVersion >= kHopper && attributes.binaryVersion >= kHopper;
+  return sm90::of_this_device([](int) {
+    constexpr int kHopper = 90;
+    cudaFuncAttributes attributes{};
+    sm90::check(cudaFuncGetAttributes(&attributes, select_kernel<Format, true>), "cudaFuncGetAttributes");
+    return attributes.ptxVersion >= kHopper && attributes.binaryVersion >= kHopper;
+  });
 }
 
 // How many blocks share a row: as many as the row has tiles and a cluster has blocks, while all rows find room at once.
@@ -343,12 +345,9 @@ bool is_hopper() {
 // 42 and 32 us, 8 rows 16 and 27 us; of 131072, 8 rows 29 and 109 us).
 template <class Format>
 int64_t blocks_of_row(const Scores<Format>& scores) {
-  int device = 0, multiprocessors = 0;
   const int64_t tiles = (scores.s + kTile<Format> - 1) / kTile<Format>;
-  if (tiles <= 1 || cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return 1;
-  return std::max<int64_t>(1, std::min({int64_t{kMostBlocks}, tiles, multiprocessors / scores.b}));
+  if (tiles <= 1) return 1;
+  return std::max<int64_t>(1, std::min({int64_t{kMostBlocks}, tiles, sm90::multiprocessors_here() / scores.b}));
 }
 
 // On Hopper the launch may begin before the kernel ahead has ended: 10.8 -> 10.3 us for 8 rows of 8192 (H200).
@@ -361,8 +360,11 @@ void launch(const Scores<Format>& scores, const Threshold<Format>& top_p, int64_
     return;
   }
   const auto blocks = static_cast<int>(blocks_of_row(scores));
-  sm90::launch(blocks > 1 ? select_kernel<Format, true> : select_kernel<Format, false>, dim3(rows * blocks), kThreads,
-               /*bytes=*/0, blocks, stream, scores, top_p, k, packed, padded);
+  const auto start = [&](auto clustered) {
+    sm90::launch<select_kernel<Format, decltype(clustered)::value>>(dim3(rows * blocks), kThreads, /*bytes=*/0, blocks,
+                                                                    stream, scores, top_p, k, packed, padded);
+  };
+  blocks > 1 ? start(std::true_type{}) : start(std::false_type{});
 }
 
 }  // namespace

@@ -46,28 +46,22 @@ Params params_of(const HeadGemm& gemm, int rows, int k) {
   return params;
 }
 
-template <class Params>
-void launch(void (*kernel)(Params), int blocks, int threads, int bytes, int cluster, cudaStream_t stream,
-            const Params& params) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
-  sm90::launch(kernel, dim3(blocks), threads, bytes, cluster, stream, params);
-}
-
 template <class Tile>
 void launch_held(const HeadGemm& gemm, cudaStream_t stream) {
   auto params = params_of<Tf32HeldParams>(gemm, Tile::kM, Tile::kK);
   params.is_b_transposed = gemm.b.transposed;
-  params.cut = tuning::cut_of(sizes_of(gemm), Tile::kSize, attribute_of_device(cudaDevAttrMultiProcessorCount));
-  launch(tf32_held_kernel<Tile>, params.cut.blocks, Tile::kThreads, Tile::kBytes, /*cluster=*/1, stream, params);
+  params.cut = tuning::cut_of(sizes_of(gemm), Tile::kSize, multiprocessors_here());
+  sm90::launch<tf32_held_kernel<Tile>>(dim3(params.cut.blocks), Tile::kThreads, Tile::kBytes, /*cluster=*/1, stream,
+                                       params);
 }
 
 void launch_streamed(const HeadGemm& gemm, cudaStream_t stream) {
   using Tile = Tf32StreamedTile;
   auto params = params_of<Tf32StreamedParams>(gemm, Tile::kBox, kFloats);
   params.k_blocks = static_cast<int>((gemm.k + 2 * kFloats - 1) / (2 * kFloats) * 2);
-  params.deal = tuning::deal_of(sizes_of(gemm), attribute_of_device(cudaDevAttrMultiProcessorCount)).value();
-  launch(tf32_streamed_kernel<Tile>, params.deal.blocks, Tile::kThreads, Tile::kBytes, params.deal.team, stream,
-         params);
+  params.deal = tuning::deal_of(sizes_of(gemm), multiprocessors_here()).value();
+  sm90::launch<tf32_streamed_kernel<Tile>>(dim3(params.deal.blocks), Tile::kThreads, Tile::kBytes, params.deal.team,
+                                           stream, params);
 }
 
 constexpr bool is(const tuning::Tf32Size& size, const HeadGemm& gemm) {
@@ -93,8 +87,7 @@ bool takes_tf32_sm90(HeadGemm& gemm) {
       !fits(gemm.b.data, gemm.b.transposed ? gemm.n : gemm.k, gemm.b.ld, gemm.b.batch_stride, kAlignment) ||
       !fits(gemm.c, gemm.m, gemm.c_stride, gemm.c_batch_stride, tuning::kSectorBytes))
     return false;
-  const auto tile =
-      tuning::preferred_tf32(sizes_of(gemm), gemm.b.transposed, attribute_of_device(cudaDevAttrMultiProcessorCount));
+  const auto tile = tuning::preferred_tf32(sizes_of(gemm), gemm.b.transposed, multiprocessors_here());
   if (!tile) return false;
   gemm.tile_m = tile->m;
   gemm.tile_n = tile->n;
