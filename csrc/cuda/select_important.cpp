@@ -120,6 +120,7 @@ int64_t PackedSelection::wait() {
 
 Tensor first_rows(const Tensor& rows, int64_t t) {
   constexpr int64_t kNegligible = 1 << 20;  // bytes
+  if (t == rows.size(0)) return rows;
   const Tensor part = rows.narrow(0, 0, t);
   const auto kept = static_cast<int64_t>(part.nbytes());
   return static_cast<int64_t>(rows.nbytes()) - kept > std::max(kept, kNegligible) ? part.clone() : part;
