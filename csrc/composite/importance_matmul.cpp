@@ -2,7 +2,7 @@
 #include "split_heads.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/full.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 namespace mhmatmul {
@@ -86,7 +86,7 @@ Tensor threshold(std::string_view op, const Tensor& probs, double top_p) {
   // A number stays on the host, where the kernels read it without a launch; in a traced graph one tensor of another
   // device would keep the whole from being captured.
   const bool is_traced = probs.key_set().has(c10::DispatchKey::Python);
-  return at::full({}, top_p, is_traced ? probs.options() : probs.options().device(at::kCPU));
+  return at::scalar_tensor(top_p, is_traced ? probs.options() : probs.options().device(at::kCPU));
 }
 
 void register_composites(torch::Library& m) {
