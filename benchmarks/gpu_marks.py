@@ -23,8 +23,6 @@ MANY_ROWS = tuple(shape.name for shape in GPU_SHAPES[:12])
 DECODE = tuple(shape.name for shape in GPU_SHAPES if shape.rows <= 64)
 WIDE = ("deepseek-q-1024", "deepseek-q-4096")
 SELECTING = 6e-6  # seconds, allowed on top of the floor of the product
-IMPORTANCE: tuple[str, Kind] = ("importance", "importance")
-SELECTION: tuple[str, Kind] = ("selection", "selection")
 
 
 class Runs:
@@ -80,22 +78,25 @@ def importance_cost(mode: Mode, name: str) -> Callable[[Runs], float | None]:
     """Our time over the floor and what selecting may take."""
 
     def figure(runs: Runs) -> float | None:
-        timing = runs.mode(mode).get(IMPORTANCE[0], "bfloat16", IMPORTANCE[1], name)
+        timing = runs.mode(mode).get("importance", "bfloat16", "importance", name)
         return timing.median / (runs.floor(timing) + SELECTING) if timing else None
 
     return figure
 
 
-def kept_ratio(mode: Mode, shape: str, kind: Kind) -> Callable[[Runs], float | None]:
-    """Against topk, mask and nonzero and what follows, both with a result as long as it must be."""
-    return lambda runs: runs.mode(mode).ratio(shape, "bfloat16", kind, "kept", "eager")
+def kept_ratio(mode: Mode, kind: Kind) -> Callable[[Runs], float | None]:
+    """Against topk, mask and nonzero and what follows, both with a result as long as it must be.
+
+    The shape is that which has the name of the kind.
+    """
+    return lambda runs: runs.mode(mode).ratio(kind, "bfloat16", kind, "kept", "eager")
 
 
 def selection_time(mode: Mode, name: str) -> Callable[[Runs], float | None]:
     """Microseconds."""
 
     def figure(runs: Runs) -> float | None:
-        timing = runs.mode(mode).get(SELECTION[0], "bfloat16", SELECTION[1], name)
+        timing = runs.mode(mode).get("selection", "bfloat16", "selection", name)
         return timing.median * 1e6 if timing else None
 
     return figure
@@ -116,13 +117,13 @@ GPU_MARKS = (
     Mark("importance, capacity: times (floor + 6 us)", importance_cost("graph cold", "capacity"), 1.25, at_most=True),
     Mark("importance, stream: times (floor + 6 us)", importance_cost("stream cold", "kept"), 1.25, at_most=True),
     Mark("importance, eager: times (floor + 6 us)", importance_cost("eager cold", "kept"), 1.25, at_most=True),
-    Mark("importance, stream: x topk, mask, nonzero, index, einsum", kept_ratio("stream cold", *IMPORTANCE), 5),
-    Mark("importance, eager: x topk, mask, nonzero, index, einsum", kept_ratio("eager cold", *IMPORTANCE), 5),
+    Mark("importance, stream: x topk, mask, nonzero, index, einsum", kept_ratio("stream cold", "importance"), 5),
+    Mark("importance, eager: x topk, mask, nonzero, index, einsum", kept_ratio("eager cold", "importance"), 5),
     Mark("selection, capacity: microseconds", selection_time("graph cold", "capacity"), 10, at_most=True),
     Mark("selection, stream: microseconds", selection_time("stream cold", "kept"), 10, at_most=True),
     Mark("selection, eager: microseconds", selection_time("eager cold", "kept"), 10, at_most=True),
-    Mark("selection, stream: x topk, mask, nonzero", kept_ratio("stream cold", *SELECTION), 8),
-    Mark("selection, eager: x topk, mask, nonzero", kept_ratio("eager cold", *SELECTION), 8),
+    Mark("selection, stream: x topk, mask, nonzero", kept_ratio("stream cold", "selection"), 8),
+    Mark("selection, eager: x topk, mask, nonzero", kept_ratio("eager cold", "selection"), 8),
     Mark("backward, 128 -> 512: x two bmm(out=), worse of two shapes", wide_backward, 1.2),
     Mark("wgrad: x bmm(out=), worst shape", worst_ratio("bfloat16", "wgrad", "explicit", "bmm(out=)"), 1),
     Mark("forward TF32, out=: of its floor, mean of 12 shapes", mean_share("tf32"), 0.85),
