@@ -348,8 +348,8 @@ bool is_hopper() {
   return sm90::of_this_device([](int) {
     constexpr int kHopper = 90;
     cudaFuncAttributes attributes{};
-    sm90::check(cudaFuncGetAttributes(&attributes, select_kernel<Format, true>), "cudaFuncGetAttributes");
-    return attributes.ptxVersion >= kHopper && attributes.binaryVersion >= kHopper;
+    return cudaFuncGetAttributes(&attributes, select_kernel<Format, true>) == cudaSuccess &&
+           attributes.ptxVersion >= kHopper && attributes.binaryVersion >= kHopper;
   });
 }
 
@@ -373,11 +373,11 @@ void launch(const Scores<Format>& scores, const Threshold<Format>& top_p, int64_
     return;
   }
   const auto blocks = static_cast<int>(blocks_of_row(scores));
-  Packed found = packed;
-  if (scores.b * blocks <= sm90::multiprocessors_here()) found.started = nullptr;
+  Packed to = packed;
+  if (scores.b * blocks <= sm90::multiprocessors_here()) to.started = nullptr;  // all rows work at once
   const auto start = [&](auto clustered) {
     sm90::launch<select_kernel<Format, decltype(clustered)::value>>(dim3(rows * blocks), kThreads, /*bytes=*/0, blocks,
-                                                                    stream, scores, top_p, k, found, padded);
+                                                                    stream, scores, top_p, k, to, padded);
   };
   blocks > 1 ? start(std::true_type{}) : start(std::false_type{});
 }

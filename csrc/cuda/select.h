@@ -27,7 +27,7 @@ struct Packed {
   int32_t* cu_seqlens;  // [b + 1]
   int64_t* total;       // one word, which may be the host's: written as soon as it is known
   // What rows tell one another, zeros before a selection and after it: their counts [b], how many of them have started
-  // (null: all will, in whatever order), how many have added up the counts before theirs.
+  // (null: all work at once), how many have added up the counts before theirs.
   unsigned long long *counts, *started, *added_up;
 };
 
