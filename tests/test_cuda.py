@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -737,6 +738,7 @@ def test_a_captured_kernel_begins_early_behind_ours_alone(dtype):
             few.add_(1)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         work()
     side.synchronize()
@@ -749,6 +751,39 @@ def test_a_captured_kernel_begins_early_behind_ours_alone(dtype):
         out.zero_()
         graph.replay()
         assert torch.equal(out, expected)
+
+
+@halves
+def test_a_weight_that_the_captured_kernel_ahead_writes(dtype):
+    """Of a weight something is asked for in L2 before the kernel ahead has ended."""
+    A = torch.randn(256, 16, 128, device="cuda", dtype=dtype)
+    W = torch.randn(16, 128, 512, device="cuda", dtype=dtype)
+    few = torch.randn(4, 16, 256, device="cuda", dtype=dtype)
+    made = torch.empty(256, 16, 512, device="cuda", dtype=dtype)
+    out = torch.empty(4, 16, 512, device="cuda", dtype=dtype)
+
+    def work():
+        for _ in range(4):
+            ops._head_matmul_out(A, W, None, made)
+            ops._head_matmul_out(few, made.transpose(0, 1), None, out)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            work()
+        for _ in range(20):
+            A.normal_()
+            made.fill_(math.nan)
+            graph.replay()
+            replayed = out.clone()
+            ops._head_matmul_out(A, W, None, made)
+            torch.cuda.synchronize()
+            ops._head_matmul_out(few, made.transpose(0, 1), None, out)
+            assert torch.equal(replayed, out)
+    torch.cuda.current_stream().wait_stream(side)
 
 
 def test_streams_do_not_share():

@@ -123,7 +123,9 @@ void launch(const HeadGemm& gemm, cudaStream_t stream) {
 // A product of as many blocks as work at once, all of them.
 struct OneWave {
   Cut cut;
-  int rows, blocks, bytes;
+  int rows, bytes;
+
+  dim3 grid() const { return dim3(cut.n_blocks, cut.heads, cut.m_blocks); }
 };
 
 template <class Tile>
@@ -140,8 +142,7 @@ std::optional<OneWave> one_wave(const HeadGemm& gemm, int multiprocessors) {
   wave.cut.k_blocks = static_cast<int>(share(gemm.k, kDepth));
   wave.cut.heads = static_cast<int>(gemm.batch);
   wave.rows = static_cast<int>(std::min<int64_t>(kOneWaveRows, share(gemm.m, 8) * 8));
-  wave.blocks = static_cast<int>(m_blocks * n_blocks * gemm.batch);
-  const int each = static_cast<int>(share(wave.blocks, multiprocessors));
+  const int each = static_cast<int>(share(m_blocks * n_blocks * gemm.batch, multiprocessors));
   wave.cut.b_stages = tuning::stages_of_one_wave(wave.cut.k_blocks, each);
   // Shared memory that nobody needs keeps more of them from one multiprocessor than an even share.
   const int least = kSharedOfMultiprocessor / (each + 1) - kSharedReserved + kSharedAlignment / 4;
@@ -165,8 +166,9 @@ template <class Tile>
 bool launch_one_wave(const HeadGemm& gemm, cudaStream_t stream) {
   const auto wave = one_wave<Tile>(gemm, multiprocessors_here());
   if (!wave) return false;
-  sm90::launch<one_wave_kernel<Tile>>(dim3(wave->blocks), kGroup, wave->bytes, /*cluster=*/1, stream,
-                                      params_of<Tile>(gemm, wave->cut, wave->rows), wave->rows);
+  const int asked = is_behind_ours(last_captured(stream)) ? tuning::asked_in_l2(wave->cut.k_blocks) : 0;
+  sm90::launch<one_wave_kernel<Tile>>(wave->grid(), kGroup, wave->bytes, /*cluster=*/1, stream,
+                                      params_of<Tile>(gemm, wave->cut, wave->rows), wave->rows, asked);
   return true;
 }
 

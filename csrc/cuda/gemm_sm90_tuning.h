@@ -34,7 +34,7 @@
 // where every tile has a block of its own, from the start:
 //   32 heads 128 -> 128, 256 rows   3.3 / 4.4 (1.2)   16 heads 256 -> 256, 256 rows  3.7 / 4.7 (1.5)
 //   32 heads 256 -> 256, 1 row      2.7 / 3.9 (1.0)   1 head 512 -> 4096, 64 rows    3.2 / 4.4 (1.1)
-//   128 heads 128 -> 512, 1 row     6.0 / 6.5 (4.0)   128 heads 512 -> 128, 64 rows  8.4 / 9.6 (6.4)
+//   128 heads 128 -> 512, 1 row     5.8 / 6.5 (4.0)   128 heads 512 -> 128, 64 rows  8.0 / 9.1 (6.4)
 // with rows gathered by index in flight (cuBLAS would need a copy of the rows first, 128 MiB more to move):
 //   32 heads 128 -> 128, 8192 of 65536 rows           38 (32)
 // *: 107 / 115 in another run, with operands in L2.
@@ -82,6 +82,14 @@
 //   - One wave of 7 or 8 blocks a multiprocessor: each asks for half of k at first. Predicted: the next kernel's blocks
 //     come up beside them, 5 to 10 %. They have no registers for that; found all the same, 128 heads of 128 -> 512:
 //     6.06 -> 5.91 us with 1 row, 9.17 -> 8.42 with 64. With 6 blocks or fewer, or longer heads: 6 to 26 % slower.
+//   - A grid of three dimensions in place of two divisions before the first load of a small product. Predicted: 0.1 of
+//     7.5 us behind a small kernel of PyTorch's, that included. Found: 0.1 to 0.15 (7.59 -> 7.50, 10.16 -> 10.02 with 1
+//     and 64 rows at 128 -> 512, 7.55 -> 7.39 with 1 at 512 -> 128), next to nothing behind kernels of ours.
+//   - An eighth to a quarter of a small product's B asked for in L2 before a kernel of ours has ended, 128 heads: at
+//     128 -> 512 5.95 -> 5.76 us with 1 row, 6.53 -> 6.31 with 16, 8.4 to 8.8 -> 7.9 with 64, 6.85 -> 5.75 with 1 and a
+//     transposed B; at 512 -> 128 5.85 -> 5.63, 6.65 -> 6.40, 8.35 -> 7.96. All of B, 7.2 to 7.3 where 5.95 were: it
+//     passes L2 twice, which is not much faster than memory. The last of k, predicted to gain more than the first,
+//     since it would have come by then: 6.1 to 6.5, 9.2 with 64 rows.
 //   - No more stages of A than it takes: 49.1 -> 48.2 us at 512 -> 128, 5 instead of 6, 21.0 -> 20.4 at 256 -> 256, 8
 //     instead of 12; more in flight only keep C waiting.
 // In 22 shapes cuBLAS gave the very same bits.
@@ -92,10 +100,11 @@
 //     sizes cost cuBLAS 2.5 to 3 times the floor (4096 rows, 32 heads of 127 to 128: 58 us, of 128: 27 us, H100).
 //   - Stages of A of 64 rows in tiles of 128, to let go of them sooner: 1 % faster at 512 -> 128, 10 % slower at
 //     512 -> 512.
-//   - Small products: writing C without the copy engine (6.0 -> 6.1 us with 1 row, 9.4 -> 14.8 with 64), or asking for
-//     B in L2 before the kernel ahead has ended (6.0 -> 7.0; where B is small it gains a tenth). Again, for 8 KiB a
-//     block: 6.3 -> 5.9 to 6.1 behind kernels of ours, which let it begin, but 9.0 -> 9.4 to 9.7 behind a small one of
-//     PyTorch's, that included.
+//   - Small products: writing C without the copy engine (6.0 -> 6.1 us with 1 row, 9.4 -> 14.8 with 64); A and B by
+//     cp.async, which needs no tensor map (predicted: 0.3 to 0.6 us faster; found: 0.2 to 0.3 slower, 0.7 faster where
+//     B is transposed, which asking for it in L2 gains as well); C's tensor map asked for at the start (nothing);
+//     asking for B in L2 behind kernels of others, which do not let it begin (9.0 -> 9.4 to 9.7), or by threads, 128
+//     bytes each (5.95 -> 5.77 at 128 -> 512, 5.8 -> 6.2 at 512 -> 128).
 //   - The fastest of cuBLASLt's first 16 algorithms for what cuBLAS takes: within 1 % of the first one from 64 rows on
 //     and, timed in a warm cache, worse for fewer.
 //   - For 128 -> 512 with tiles of 64 x 256, which reach 0.83 of the floor: two blocks side by side in a cluster that
@@ -133,7 +142,7 @@
 // -> 128, 36 -> 25 at 126 -> 128; cp.async for words, which needs no registers. More registers than the block was
 // launched with cannot be had: warpgroups that ask for them wait for ever.
 //
-// ptxas 13.0: 168 registers at launch in the persistent kernels, 122 where they hold B, 58 to 92 in those of one wave,
+// ptxas 13.0: 168 registers at launch in the persistent kernels, 122 where they hold B, 58 to 90 in those of one wave,
 // no spills (8 bytes with gathered rows in tiles of 64 x 256, which are not built); 56 for the gathering threads were
 // too few, 120 for those that move elements.
 #pragma once
@@ -230,6 +239,9 @@ inline int stages_of_one_wave(int k_blocks, int blocks) {
   constexpr int kMany = 7;
   return k_blocks == 2 && blocks >= kMany ? 1 : k_blocks;
 }
+
+// How much of a small product's k, in 64s, is asked for in L2 before a kernel of ours has ended.
+inline int asked_in_l2(int k_blocks) { return k_blocks < 8 ? 1 : k_blocks / 4; }
 
 // Whether a block shall hold a head's B in registers (held_sm90.cuh). Measured at 128 -> 512; how much less it may be
 // was chosen by hand: so much that no more than half of k and a quarter of n are for nothing.

@@ -28,10 +28,11 @@ constexpr int bytes_of_one_wave(int stages, int rows) {
          kMostDepths * static_cast<int>(sizeof(uint64_t));
 }
 
-// `rows`: of A's boxes, a multiple of 8.
+// The grid: blocks of columns, heads, blocks of rows. `rows`: of A's boxes, a multiple of 8. `asked`: so much of k, in
+// 64s, every second block asks for in L2 before the kernel ahead has ended.
 template <class Tile>
 __global__ void __launch_bounds__(kGroup, kMostBlocks<Tile>)
-    one_wave_kernel(const __grid_constant__ Params params, int rows) {
+    one_wave_kernel(const __grid_constant__ Params params, int rows, int asked) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace cute;
   using Element = typename Tile::Element;
@@ -40,9 +41,11 @@ __global__ void __launch_bounds__(kGroup, kMostBlocks<Tile>)
   unsigned char* const a_stages = aligned_shared_memory();
   unsigned char* const b_stages = a_stages + stages * a_bytes;
   auto* const full = reinterpret_cast<uint64_t*>(b_stages + stages * Tile::kBBytes);
-  const int tile = static_cast<int>(blockIdx.x), n_block = tile % cut.n_blocks, head = tile / cut.n_blocks % cut.heads;
-  const int m_block = tile / cut.n_blocks / cut.heads;
+  const int n_block = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
+  const int m_block = static_cast<int>(blockIdx.z);
 
+  if (threadIdx.x == kWarp && n_block % 2 == 0)
+    for (int i = 0; i < asked; ++i) ask_for_b<Tile>(params, head, n_block, i);
   if (threadIdx.x == 0) {
     prefetch_tma_descriptor(&params.a);
     prefetch_tma_descriptor(&params.b);
