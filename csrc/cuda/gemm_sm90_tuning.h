@@ -87,9 +87,9 @@
 //     and 64 rows at 128 -> 512, 7.55 -> 7.39 with 1 at 512 -> 128), next to nothing behind kernels of ours.
 //   - An eighth to a quarter of a small product's B asked for in L2 before a kernel of ours has ended, 128 heads: at
 //     128 -> 512 5.95 -> 5.76 us with 1 row, 6.53 -> 6.31 with 16, 8.4 to 8.8 -> 7.9 with 64, 6.85 -> 5.75 with 1 and a
-//     transposed B; at 512 -> 128 5.85 -> 5.63, 6.65 -> 6.40, 8.35 -> 7.96. All of B, 7.2 to 7.3 where 5.95 were: it
-//     passes L2 twice, which is not much faster than memory. The last of k, predicted to gain more than the first,
-//     since it would have come by then: 6.1 to 6.5, 9.2 with 64 rows.
+//     transposed B; at 512 -> 128 5.85 -> 5.63, 6.65 -> 6.40, 8.35 -> 7.96. All of B, 7.1 to 7.5 where 5.95 were: it
+//     passes L2 twice, which I think is not much faster than memory. The last of k, predicted to gain more than the
+//     first, since it would have come by then: 6.1, and 9.2 with 64 rows.
 //   - No more stages of A than it takes: 49.1 -> 48.2 us at 512 -> 128, 5 instead of 6, 21.0 -> 20.4 at 256 -> 256, 8
 //     instead of 12; more in flight only keep C waiting.
 // In 22 shapes cuBLAS gave the very same bits.
@@ -101,10 +101,10 @@
 //   - Stages of A of 64 rows in tiles of 128, to let go of them sooner: 1 % faster at 512 -> 128, 10 % slower at
 //     512 -> 512.
 //   - Small products: writing C without the copy engine (6.0 -> 6.1 us with 1 row, 9.4 -> 14.8 with 64); A and B by
-//     cp.async, which needs no tensor map (predicted: 0.3 to 0.6 us faster; found: 0.2 to 0.3 slower, 0.7 faster where
-//     B is transposed, which asking for it in L2 gains as well); C's tensor map asked for at the start (nothing);
-//     asking for B in L2 behind kernels of others, which do not let it begin (9.0 -> 9.4 to 9.7), or by threads, 128
-//     bytes each (5.95 -> 5.77 at 128 -> 512, 5.8 -> 6.2 at 512 -> 128).
+//     cp.async, which needs no tensor map (predicted: 0.3 to 0.6 us faster; found: 0.1 to 0.3 slower, 1.4 at 512 ->
+//     4096 with 64 rows, 0.7 faster at 128 -> 512 with 1 and a transposed B, which asking for it in L2 gains as well);
+//     C's tensor map asked for at the start (nothing); asking for B in L2 behind kernels of others, which do not let it
+//     begin (9.0 -> 9.4 to 9.7), or by threads, 128 bytes each (5.95 -> 5.77 at 128 -> 512, 5.8 -> 6.2 at 512 -> 128).
 //   - The fastest of cuBLASLt's first 16 algorithms for what cuBLAS takes: within 1 % of the first one from 64 rows on
 //     and, timed in a warm cache, worse for fewer.
 //   - For 128 -> 512 with tiles of 64 x 256, which reach 0.83 of the floor: two blocks side by side in a cluster that
@@ -149,6 +149,7 @@
 
 #include "tile_walk.h"
 
+#include <algorithm>
 #include <optional>
 
 namespace mhmatmul::cuda::tuning {
@@ -240,8 +241,8 @@ inline int stages_of_one_wave(int k_blocks, int blocks) {
   return k_blocks == 2 && blocks >= kMany ? 1 : k_blocks;
 }
 
-// How much of a small product's k, in 64s, is asked for in L2 before a kernel of ours has ended.
-inline int asked_in_l2(int k_blocks) { return k_blocks < 8 ? 1 : k_blocks / 4; }
+// Of a small product's k, in 64s, how much every second block asks for in L2 before a kernel of ours ahead has ended.
+inline int asked_in_l2(int k_blocks) { return std::max(1, k_blocks / 4); }
 
 // Whether a block shall hold a head's B in registers (held_sm90.cuh). Measured at 128 -> 512; how much less it may be
 // was chosen by hand: so much that no more than half of k and a quarter of n are for nothing.
