@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -723,6 +725,24 @@ def kinds_of_edges(graph: torch.cuda.CUDAGraph) -> list[int]:
     return kinds
 
 
+@contextmanager
+def side_stream() -> Iterator[None]:
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield
+    current.wait_stream(side)
+
+
+def captured(work: Callable[[], object], **options) -> torch.cuda.CUDAGraph:
+    """On the current stream, where `work` is done once before."""
+    work()
+    graph = torch.cuda.CUDAGraph(**options)
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        work()
+    return graph
+
+
 @halves
 def test_a_captured_kernel_begins_early_behind_ours_alone(dtype):
     if torch.cuda.get_device_capability() != (9, 0):
@@ -737,53 +757,80 @@ def test_a_captured_kernel_begins_early_behind_ours_alone(dtype):
             ops._head_matmul_out(input, weight, None, out)
             few.add_(1)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    side.synchronize()
-    expected = out.clone()
-    for _ in range(2):  # what one capture left is nothing to the next
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph, stream=side):
-            work()
-        assert kinds_of_edges(graph) == [1, 0, 0, 1, 0]
-        out.zero_()
-        graph.replay()
-        assert torch.equal(out, expected)
-
-
-@halves
-def test_a_weight_that_the_captured_kernel_ahead_writes(dtype):
-    """Of a weight something is asked for in L2 before the kernel ahead has ended."""
-    A = torch.randn(256, 16, 128, device="cuda", dtype=dtype)
-    W = torch.randn(16, 128, 512, device="cuda", dtype=dtype)
-    few = torch.randn(4, 16, 256, device="cuda", dtype=dtype)
-    made = torch.empty(256, 16, 512, device="cuda", dtype=dtype)
-    out = torch.empty(4, 16, 512, device="cuda", dtype=dtype)
-
-    def work():
-        for _ in range(4):
-            ops._head_matmul_out(A, W, None, made)
-            ops._head_matmul_out(few, made.transpose(0, 1), None, out)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            work()
-        for _ in range(20):
-            A.normal_()
-            made.fill_(math.nan)
+    with side_stream():
+        for _ in range(2):  # what one capture left is nothing to the next
+            graph = captured(work, keep_graph=True)
+            assert kinds_of_edges(graph) == [1, 0, 0, 1, 0]
+            expected = out.clone()
+            out.zero_()
             graph.replay()
-            replayed = out.clone()
-            ops._head_matmul_out(A, W, None, made)
-            torch.cuda.synchronize()
-            ops._head_matmul_out(few, made.transpose(0, 1), None, out)
-            assert torch.equal(replayed, out)
-    torch.cuda.current_stream().wait_stream(side)
+            assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["one ahead", "two ahead"])
+@halves
+def test_a_weight_that_a_captured_kernel_ahead_writes(dtype, between):
+    """Other weights come before the kernel ahead has ended, once all before that have. Most of the device is idle, so
+    that what may come up does."""
+
+    def on_device(*shape):
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    A, W, few = on_device(64, 8, 512), on_device(8, 512, 64), on_device(4, 8, 64)
+    made, outs = list(on_device(8, 64, 8, 64)), list(on_device(8, 4, 8, 64))
+    little = on_device(1, 1, 64), on_device(1, 64, 64), None, on_device(1, 1, 64)
+
+    def work(synchronize=lambda: None):
+        for weight, out in zip(made, outs, strict=True):
+            ops._head_matmul_out(A, W, None, weight)
+            synchronize()
+            if between:
+                ops._head_matmul_out(*little)
+            ops._head_matmul_out(few, weight.transpose(0, 1), None, out)
+
+    with side_stream():
+        graph = captured(work)
+        work(torch.cuda.synchronize)
+        expected = torch.stack(outs)
+        for _ in range(20):
+            for tensor in made + outs:
+                tensor.fill_(math.nan)
+            graph.replay()
+            assert torch.equal(torch.stack(outs), expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "hd", "e"),
+    [(128, 128, 512), (128, 512, 128), (16, 512, 128), (96, 256, 256), (8, 448, 320), (1, 64, 64), (3, 200, 104)],
+)
+@pytest.mark.parametrize("rows", [1, 16, 32, 64, 200])
+def test_captured_products_behind_one_another(rows, heads, hd, e, transposed):
+    """Each with a weight of its own, by the rows that the one ahead has made: what they give called one by one."""
+    A = torch.randn(rows, heads, hd, device="cuda", dtype=torch.bfloat16)
+    shapes = [(hd, e), (e, hd)] * 3
+    weights = [torch.randn(heads, *shape, device="cuda", dtype=torch.bfloat16) / 16 for shape in shapes]
+    if transposed:
+        weights = [weight.transpose(1, 2).contiguous().transpose(1, 2) for weight in weights]
+    outs = [torch.empty(rows, heads, n, device="cuda", dtype=torch.bfloat16) for _, n in shapes]
+
+    def work(synchronize=lambda: None):
+        made = A
+        for weight, out in zip(weights, outs, strict=True):
+            ops._head_matmul_out(made, weight, None, out)
+            synchronize()
+            made = out
+
+    with side_stream():
+        graph = captured(work)
+        work(torch.cuda.synchronize)
+        expected = [out.clone() for out in outs]
+        for _ in range(3):
+            for out in outs:
+                out.fill_(math.nan)
+            graph.replay()
+            for out, wanted in zip(outs, expected, strict=True):
+                assert torch.equal(out, wanted)
 
 
 def test_streams_do_not_share():

@@ -74,6 +74,21 @@ Cut cut(const HeadGemm& gemm, int multiprocessors) {
   return cut;
 }
 
+// From the first to the last of `rows` of `width` elements of each head.
+Span span_of(const void* data, int64_t rows, int64_t width, int64_t heads, int64_t stride, int64_t head_stride) {
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const int64_t elements = (rows - 1) * stride + (heads - 1) * head_stride + width;
+  return {begin, begin + static_cast<uintptr_t>(elements * kElementSize)};
+}
+Span span_of_b(const HeadGemm& gemm) {
+  const auto& b = gemm.b;
+  return b.transposed ? span_of(b.data, gemm.n, gemm.k, gemm.batch, b.ld, b.batch_stride)
+                      : span_of(b.data, gemm.k, gemm.n, gemm.batch, b.ld, b.batch_stride);
+}
+Span span_of_c(const HeadGemm& gemm) {
+  return span_of(gemm.c, gemm.m, gemm.n, gemm.batch, gemm.c_stride, gemm.c_batch_stride);
+}
+
 // `rows` of A come at a time.
 template <class Tile>
 Params params_of(const HeadGemm& gemm, const Cut& cut, int rows) {
@@ -123,10 +138,17 @@ void launch(const HeadGemm& gemm, cudaStream_t stream) {
 // A product of as many blocks as work at once, all of them.
 struct OneWave {
   Cut cut;
-  int rows, bytes;
+  int rows, each, bytes;  // each: how many blocks a multiprocessor has at most
 
   dim3 grid() const { return dim3(cut.n_blocks, cut.heads, cut.m_blocks); }
 };
+
+// Of a block, where a multiprocessor shall have no more than `most`: shared memory that nobody needs keeps others away.
+template <class Tile>
+int bytes_of_block(const OneWave& wave, int most) {
+  const int least = kSharedOfMultiprocessor / (most + 1) - kSharedReserved + kSharedAlignment / 4;
+  return std::max(bytes_of_one_wave<Tile>(wave.cut.b_stages, wave.rows), least);
+}
 
 template <class Tile>
 std::optional<OneWave> one_wave(const HeadGemm& gemm, int multiprocessors) {
@@ -142,13 +164,25 @@ std::optional<OneWave> one_wave(const HeadGemm& gemm, int multiprocessors) {
   wave.cut.k_blocks = static_cast<int>(share(gemm.k, kDepth));
   wave.cut.heads = static_cast<int>(gemm.batch);
   wave.rows = static_cast<int>(std::min<int64_t>(kOneWaveRows, share(gemm.m, 8) * 8));
-  const int each = static_cast<int>(share(m_blocks * n_blocks * gemm.batch, multiprocessors));
-  wave.cut.b_stages = tuning::stages_of_one_wave(wave.cut.k_blocks, each);
-  // Shared memory that nobody needs keeps more of them from one multiprocessor than an even share.
-  const int least = kSharedOfMultiprocessor / (each + 1) - kSharedReserved + kSharedAlignment / 4;
-  wave.bytes = std::max(bytes_of_one_wave<Tile>(wave.cut.b_stages, wave.rows), least);
-  if (each * (wave.bytes + kSharedReserved) > kSharedOfMultiprocessor) return std::nullopt;
+  wave.each = static_cast<int>(share(m_blocks * n_blocks * gemm.batch, multiprocessors));
+  wave.cut.b_stages = tuning::stages_of_one_wave(wave.cut.k_blocks, wave.each);
+  wave.bytes = bytes_of_block<Tile>(wave, wave.each);
+  if (wave.each * (wave.bytes + kSharedReserved) > kSharedOfMultiprocessor) return std::nullopt;
   return wave;
+}
+
+// Makes room beside blocks of the kernel ahead, taken to be as large: for all on a multiprocessor, or for one.
+template <class Tile>
+void make_room_beside(OneWave& wave) {
+  const int fixed = bytes_of_one_wave<Tile>(0, wave.rows), of_stage = bytes_of_one_wave<Tile>(1, wave.rows) - fixed;
+  for (const int most : {2 * wave.each, wave.each + 1}) {
+    const int room = kSharedOfMultiprocessor / most - kSharedReserved - fixed;
+    const int stages = std::min(wave.cut.k_blocks, room / of_stage);
+    if (!tuning::are_enough_beside(stages, wave.cut.k_blocks)) continue;
+    wave.cut.b_stages = stages;
+    wave.bytes = bytes_of_block<Tile>(wave, most);
+    return;
+  }
 }
 
 template <class Element, bool transposed>
@@ -164,11 +198,13 @@ bool is_one_wave(const HeadGemm& gemm, int multiprocessors) {
 
 template <class Tile>
 bool launch_one_wave(const HeadGemm& gemm, cudaStream_t stream) {
-  const auto wave = one_wave<Tile>(gemm, multiprocessors_here());
+  auto wave = one_wave<Tile>(gemm, multiprocessors_here());
   if (!wave) return false;
-  const int asked = is_behind_ours(last_captured(stream)) ? tuning::asked_in_l2(wave->cut.k_blocks) : 0;
-  sm90::launch<one_wave_kernel<Tile>>(wave->grid(), kGroup, wave->bytes, /*cluster=*/1, stream,
-                                      params_of<Tile>(gemm, wave->cut, wave->rows), wave->rows, asked);
+  const LastCaptured before = last_captured(stream);
+  const bool b_is_early = may_read_early(before, span_of_b(gemm));
+  if (b_is_early) make_room_beside<Tile>(*wave);
+  launch_behind<one_wave_kernel<Tile>>(before, span_of_c(gemm), wave->grid(), kGroup, wave->bytes, /*cluster=*/1,
+                                       stream, params_of<Tile>(gemm, wave->cut, wave->rows), wave->rows, b_is_early);
   return true;
 }
 

@@ -144,18 +144,6 @@ __device__ void bring_b(const Params& params, uint64_t* full, unsigned char* sta
   }
 }
 
-// The same into L2, which may be done before the kernel ahead has ended: what that writes is seen there.
-template <class Tile>
-__device__ void ask_for_b(const Params& params, int head, int n_block, int k_block) {
-  using Ask = cute::SM90_TMA_LOAD_3D::PREFETCH;
-  if constexpr (Tile::kTransposed) {
-    Ask::copy(&params.b, k_block * kDepth, n_block * Tile::kN, head);
-  } else {
-    for (int panel = 0; panel < Tile::kPanels; ++panel)
-      Ask::copy(&params.b, n_block * Tile::kN + panel * kDepth, k_block * kDepth, head);
-  }
-}
-
 // A stage of a loose B. Called by a warpgroup.
 template <class Tile>
 __device__ void bring_loose_b(const Params& params, uint64_t* full, unsigned char* stage, int head, int n_block,

@@ -90,6 +90,14 @@
 //     transposed B; at 512 -> 128 5.85 -> 5.63, 6.65 -> 6.40, 8.35 -> 7.96. All of B, 7.1 to 7.5 where 5.95 were: it
 //     passes L2 twice, which I think is not much faster than memory. The last of k, predicted to gain more than the
 //     first, since it would have come by then: 6.1, and 9.2 with 64 rows.
+//   - In place of that, B itself into shared memory before a kernel of ours has ended, where that writes other memory,
+//     and the next kernel let up once the one before has ended instead of at once. Predicted: 5.85 -> 5.0 us at 128 ->
+//     512 with 1 row. Found, in one run, 128 heads: 5.75 -> 5.05 with 1 row, 6.34 -> 5.61 with 16, 6.99 -> 6.48 with
+//     32, 7.86 -> 7.90 with 64, 5.73 -> 5.85 with 1 and a transposed B. At 512 -> 128 less: 5.61 -> 5.57 with 1 row,
+//     5.99 -> 5.99 with 8, 6.81 -> 6.63 with 24, 7.22 -> 6.92 with 32, 7.98 -> 7.77 with 64, since blocks of the next
+//     kernel found no room; with room made for as many of them or, from 9 rows on, for one: 5.19, 5.51, 6.21, 6.43;
+//     with 64 rows there is room for half of k alone, 8.69. Where k is 128, room made 3.09 us into 3.41 (32 heads of
+//     128 -> 128, 256 rows).
 //   - No more stages of A than it takes: 49.1 -> 48.2 us at 512 -> 128, 5 instead of 6, 21.0 -> 20.4 at 256 -> 256, 8
 //     instead of 12; more in flight only keep C waiting.
 // In 22 shapes cuBLAS gave the very same bits.
@@ -105,6 +113,9 @@
 //     4096 with 64 rows, 0.7 faster at 128 -> 512 with 1 and a transposed B, which asking for it in L2 gains as well);
 //     C's tensor map asked for at the start (nothing); asking for B in L2 behind kernels of others, which do not let it
 //     begin (9.0 -> 9.4 to 9.7), or by threads, 128 bytes each (5.95 -> 5.77 at 128 -> 512, 5.8 -> 6.2 at 512 -> 128).
+//     Where B comes early, at 128 -> 512 with 1 row, where 5.05 to 5.10 us are: blocks of four pieces of columns, 5.43,
+//     or of a tile of 256 columns, 5.29; the part of B that finds no room asked for in L2, 6.40; two warpgroups to a
+//     block, their barriers numbered at run time, for which ptxas reserves all 16, 5.8 and, of one warpgroup, 7.04.
 //   - The fastest of cuBLASLt's first 16 algorithms for what cuBLAS takes: within 1 % of the first one from 64 rows on
 //     and, timed in a warm cache, worse for fewer.
 //   - For 128 -> 512 with tiles of 64 x 256, which reach 0.83 of the floor: two blocks side by side in a cluster that
@@ -241,8 +252,9 @@ inline int stages_of_one_wave(int k_blocks, int blocks) {
   return k_blocks == 2 && blocks >= kMany ? 1 : k_blocks;
 }
 
-// Of a small product's k, in 64s, how much every second block asks for in L2 before a kernel of ours ahead has ended.
-inline int asked_in_l2(int k_blocks) { return std::max(1, k_blocks / 4); }
+// Whether stages for so much of a small product's k, in 64s, are enough where B comes early and blocks of two kernels
+// share a multiprocessor. Measured at 2, 4 and 8.
+inline bool are_enough_beside(int stages, int k_blocks) { return k_blocks > 2 && 4 * stages >= 3 * k_blocks; }
 
 // Whether a block shall hold a head's B in registers (held_sm90.cuh). Measured at 128 -> 512; how much less it may be
 // was chosen by hand: so much that no more than half of k and a quarter of n are for nothing.

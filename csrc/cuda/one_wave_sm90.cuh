@@ -5,6 +5,8 @@
 // halves where many blocks share a multiprocessor, and multiplies it as it comes. Of A only the rows that there are
 // come; what the matrix unit reads in place of others makes rows of C that nobody writes.
 //
+// Where it is known what the kernel ahead writes, and that B is not of it, B comes before that kernel has ended.
+//
 // Sums are taken as in gemm_sm90.cuh: the same bits.
 #pragma once
 
@@ -28,11 +30,10 @@ constexpr int bytes_of_one_wave(int stages, int rows) {
          kMostDepths * static_cast<int>(sizeof(uint64_t));
 }
 
-// The grid: blocks of columns, heads, blocks of rows. `rows`: of A's boxes, a multiple of 8. `asked`: so much of k, in
-// 64s, every second block asks for in L2 before the kernel ahead has ended.
+// The grid: blocks of columns, heads, blocks of rows. `rows`: of A's boxes, a multiple of 8.
 template <class Tile>
 __global__ void __launch_bounds__(kGroup, kMostBlocks<Tile>)
-    one_wave_kernel(const __grid_constant__ Params params, int rows, int asked) {
+    one_wave_kernel(const __grid_constant__ Params params, int rows, bool b_is_early) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace cute;
   using Element = typename Tile::Element;
@@ -44,27 +45,30 @@ __global__ void __launch_bounds__(kGroup, kMostBlocks<Tile>)
   const int n_block = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
   const int m_block = static_cast<int>(blockIdx.z);
 
-  if (threadIdx.x == kWarp && n_block % 2 == 0)
-    for (int i = 0; i < asked; ++i) ask_for_b<Tile>(params, head, n_block, i);
+  // 64 along k, into a stage that nobody reads: B's, and then A's. Called by one thread.
+  const auto bring_b_to = [&](int stage, int k_block) {
+    ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], Tile::kBBytes + a_bytes);
+    bring_b<Tile>(params, &full[stage], b_stages + stage * Tile::kBBytes, head, n_block, k_block);
+  };
+  const auto bring_a_to = [&](int stage, int k_block) {
+    bring(params.a, &full[stage], a_stages + stage * a_bytes, k_block * kDepth, head, m_block * kOneWaveRows);
+  };
   if (threadIdx.x == 0) {
     prefetch_tma_descriptor(&params.a);
     prefetch_tma_descriptor(&params.b);
     for (int i = 0; i < stages; ++i) ClusterBarrier::init(&full[i], 1);
     cutlass::arch::fence_barrier_init();
+    for (int i = 0; i < stages && b_is_early; ++i) bring_b_to(i, i);
   }
   __syncthreads();
   follow_kernel_before();
-  // 64 along k, into a stage that nobody reads. Called by all.
-  const auto bring_both = [&](int k_block, int stage) {
-    if (threadIdx.x == 0) {
-      uint64_t* const told = &full[stage];
-      ClusterTransactionBarrier::arrive_and_expect_tx(told, Tile::kBBytes + a_bytes);
-      bring_b<Tile>(params, told, b_stages + stage * Tile::kBBytes, head, n_block, k_block);
-      bring(params.a, told, a_stages + stage * a_bytes, k_block * kDepth, head, m_block * kOneWaveRows);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < stages; ++i) {
+      if (!b_is_early) bring_b_to(i, i);
+      bring_a_to(i, i);
     }
-    __syncwarp();
-  };
-  for (int i = 0; i < stages; ++i) bring_both(i, i);
+  }
+  __syncwarp();
 
   typename Product<Tile>::Multiply multiply;
   const auto slice = multiply.get_slice(threadIdx.x);
@@ -91,7 +95,11 @@ __global__ void __launch_bounds__(kGroup, kMostBlocks<Tile>)
     if (i + stages < cut.k_blocks) {
       warpgroup_wait<0>();
       __syncthreads();
-      bring_both(i + stages, place.slot);
+      if (threadIdx.x == 0) {
+        bring_b_to(place.slot, i + stages);
+        bring_a_to(place.slot, i + stages);
+      }
+      __syncwarp();
     }
     place.advance(1, stages);
   }

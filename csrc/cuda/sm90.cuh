@@ -26,10 +26,11 @@ __device__ inline unsigned char* aligned_shared_memory() {
   return raw + (kSharedAlignment - cute::cast_smem_ptr_to_uint(raw) % kSharedAlignment) % kSharedAlignment;
 }
 
-// The next kernel of the stream may come up while this one works; this one waits here for the one before.
+// This kernel waits here for the one before. Then the next one of the stream may come up while this one works: all
+// before this one have ended by then, and what they wrote is there.
 __device__ inline void follow_kernel_before() {
-  cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 }
 
 // The thread's number in its warpgroup, read anew: what is made of it does not stay in registers while the thread does
