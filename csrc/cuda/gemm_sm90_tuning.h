@@ -34,7 +34,7 @@
 // where every tile has a block of its own, from the start:
 //   32 heads 128 -> 128, 256 rows   3.3 / 4.4 (1.2)   16 heads 256 -> 256, 256 rows  3.7 / 4.7 (1.5)
 //   32 heads 256 -> 256, 1 row      2.7 / 3.9 (1.0)   1 head 512 -> 4096, 64 rows    3.2 / 4.4 (1.1)
-//   128 heads 128 -> 512, 1 row     5.8 / 6.5 (4.0)   128 heads 512 -> 128, 64 rows  8.0 / 9.1 (6.4)
+//   128 heads 128 -> 512, 1 row     5.2 / 6.5 (4.0)   128 heads 512 -> 128, 64 rows  7.9 / 9.1 (6.5)
 // with rows gathered by index in flight (cuBLAS would need a copy of the rows first, 128 MiB more to move):
 //   32 heads 128 -> 128, 8192 of 65536 rows           38 (32)
 // *: 107 / 115 in another run, with operands in L2.
