@@ -130,7 +130,7 @@ inline LastCaptured last_captured(cudaStream_t stream) {
   return last;
 }
 
-// Memory from its first byte to its last.
+// Memory from its first byte to its last; all there is, where nothing else is said.
 struct Span {
   uintptr_t begin = 0, end = UINTPTR_MAX;
 
