@@ -152,7 +152,7 @@ inline thread_local LastLaunched last_launched;
 // Whether what is captured next waits for a kernel that was launched here and for nothing else.
 inline bool is_behind_ours(const LastCaptured& before) { return before.node && before == last_launched.captured; }
 
-// Whether it may read this before that kernel has ended: all others ahead have.
+// Whether it may read `span` before that kernel has ended: that writes elsewhere, and all others ahead have ended.
 inline bool may_read_early(const LastCaptured& before, const Span& span) {
   return is_behind_ours(before) && !last_launched.written.meets(span);
 }
@@ -189,6 +189,7 @@ void launch_behind(const LastCaptured& before, const Span& written, dim3 blocks,
   if (before.capture != 0) last_launched = {last_captured(stream), written};
 }
 
+// The same, and nothing is said of what the kernel writes.
 template <auto kernel, class... Arguments>
 void launch(dim3 blocks, int threads, int bytes, int cluster, cudaStream_t stream, Arguments... arguments) {
   launch_behind<kernel>(last_captured(stream), Span{}, blocks, threads, bytes, cluster, stream, arguments...);
